@@ -8,9 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.errors import BadRequest, MoelocalError, OutOfMemory
 
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from moelocal.plan.planner import Plan, PlanRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A model ready to answer, and what is known about it."""
 
     reference: str
@@ -109,8 +108,7 @@ def open_model(
     return Opened(reference, facts, machine, request, session.plan, session, prompter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Loader:
+class _Loader(NamedTuple):
     """Loads one file as planned, or with less when memory turns out to be too small."""
 
     path: Path

@@ -11,8 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -34,8 +33,7 @@ def is_dumb() -> bool:
     return os.environ.get("TERM", "" if os.name == "nt" else "dumb") in ("dumb", "unknown")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of the screen: `text` as seen, without trailing spaces, and `ansi` as written."""
 
     text: str

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.engine import llama
 from moelocal.machine.hardware import Device
@@ -33,8 +32,7 @@ _TOLERANCE = 0.02
 _ROUNDING_BYTES = 1 << 20  # so many lines of the log, each rounded; and page alignment
 
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
+class Buffer(NamedTuple):
     """One buffer of the log, under llama.cpp's name for its type (`CUDA0`, `CPU_Mapped`, `RPC0[host:port]`)."""
 
     name: str

@@ -4,7 +4,7 @@ when the context is full."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moelocal.engine.prompt import Kind, Message, Prompter
 from moelocal.engine.sampling import Sampling
@@ -12,8 +12,7 @@ from moelocal.engine.session import Session
 from moelocal.engine.timings import FinishReason, Timings
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """A piece of an answer. The last one has timings and finish_reason, and whatever text was left."""
 
     kind: Kind

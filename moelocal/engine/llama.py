@@ -12,10 +12,9 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.engine import abi
 from moelocal.errors import BadRequest, LoadFailed, OutOfMemory
@@ -114,8 +113,7 @@ def api() -> Any:
     return low
 
 
-@dataclass(frozen=True, slots=True)
-class _Raw:
+class _Raw(NamedTuple):
     """A device as llama.cpp is told of it: `ggml_backend_dev_t`, the buffer type of its own memory, that one's name."""
 
     pointer: int

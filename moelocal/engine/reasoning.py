@@ -13,8 +13,7 @@ Source: the templates and parsers of llama.cpp (models/templates, common/parsers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["answer", "reasoning"]
 
@@ -32,8 +31,7 @@ _NO_MARKS: Mapping[State, Mapping[str, State]] = {state: {} for state in _STATES
 _MAX_HEADER_CHARS = 200  # longer, and it is the answer of a model that ignores its format
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """One way to mark reasoning.
 
     `signs`: any of these in the source of a chat template chooses this format. `start`: the state a reply begins in,

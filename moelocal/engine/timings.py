@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 
@@ -42,8 +42,7 @@ class Timings:
         return {**asdict(self), "prompt_per_s": self.prompt_per_s, "generate_per_s": self.generate_per_s}
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One step of an answer. `text` may be empty (half a character, or a possible stop string held back).
 
     The last chunk has `timings` and `finish_reason`; its `token` is None when an end token ended the answer.

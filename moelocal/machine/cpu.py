@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moelocal.machine.system import System, control_groups
 
@@ -52,8 +52,7 @@ _APPLE = {
 _WINDOWS = {39: "avx", 40: "avx2", 41: "avx512f", 19: "neon", 43: "dotprod"}  # PF_*_AVAILABLE of winnt.h
 
 
-@dataclass(frozen=True, slots=True)
-class Cores:
+class Cores(NamedTuple):
     """Counts of cores. `usable`: performance cores that this process may keep busy; `affinity` and `quota` are what the
     scheduler's mask and the container's CPU limit leave, in cores."""
 

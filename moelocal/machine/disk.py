@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.machine.system import System
 
@@ -15,8 +14,7 @@ DiskKind = Literal["local", "spinning", "network", "windows"]
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "fuse.sshfs", "ceph", "glusterfs", "afs", "fuse.rclone"}
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(NamedTuple):
     """The folder of the models, which need not exist yet, and the bytes free where it would be; None: not known."""
 
     folder: Path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.machine.cpu import count_cores, cpu_features, cpu_name
 from moelocal.machine.disk import models_folder, read_space
@@ -12,8 +12,7 @@ from moelocal.machine.speeds import Speeds, load_speeds
 from moelocal.machine.system import System
 
 
-@dataclass(frozen=True, slots=True)
-class Cpu:
+class Cpu(NamedTuple):
     """The processor. `cores` should compute: physical ones that this process may use, performance cores on hybrids.
 
     `performance_cores`: how many there are, used or not; 0 where nobody looked.
@@ -27,8 +26,7 @@ class Cpu:
     performance_cores: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """Where models are kept: the folder, the bytes free there, and its measured random-read speed; None: not known."""
 
     path: str
@@ -72,8 +70,7 @@ class Machine:
         return speeds.bandwidth_bytes_per_s or None if speeds and speeds.measured else None
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
+class Engine(NamedTuple):
     """What llama.cpp says of itself: its version, the backends it was built with, its line about CPU kernels."""
 
     version: str

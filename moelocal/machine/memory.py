@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moelocal.machine.system import System, control_groups
 
 
-@dataclass(frozen=True, slots=True)
-class Ram:
+class Ram(NamedTuple):
     """`total_bytes` and `free_bytes` respect the container's limit; `installed_bytes` is what the kernel has."""
 
     total_bytes: int

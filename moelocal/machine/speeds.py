@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moelocal.paths import user_home
 
@@ -21,8 +21,7 @@ _REPACKED = "+repack"
 _MAX_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TypeSpeed:
+class TypeSpeed(NamedTuple):
     """How fast one device multiplies with weights of one type, dense or by expert.
 
     `decode_bytes_per_s`: bytes of weights read per second with one token, all threads. `prefill_weights_per_s`: weights
@@ -33,8 +32,7 @@ class TypeSpeed:
     prefill_weights_per_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSpeeds:
+class DeviceSpeeds(NamedTuple):
     """One device. Keys of `dense` and `expert` are (ggml type name, repacked); seconds that a layer and a token cost
     beside the weights; `measured` is False for defaults."""
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 F32, F16 = 4, 2  # bytes
 _ALIGNMENT = 32  # of a CPU buffer; other devices pad to 128 or 256, which changes nothing that matters here
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Bytes of a buffer that a tensor occupies."""
 
     offset: int
@@ -55,8 +55,7 @@ class Arena:
             insort(self._holes, (start, end - start))
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor's place."""
 
     device: str

@@ -13,8 +13,8 @@ ggml/src/ggml-backend.cpp (ggml_backend_sched_split_graph: what is copied betwee
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from moelocal.model.arena import F16, F32, Replay
 from moelocal.model.facts import DEFAULT_N_UBATCH, NO_FLASH_ATTENTION, LayerFacts, ModelFacts
@@ -25,8 +25,7 @@ CPU = "CPU"
 _INDEX_BYTES = 32  # per token: its number, position, and places in the cache
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One context: its length, its cache's type, tokens computed at once, tokens whose logits are kept."""
 
     n_ctx: int
@@ -35,8 +34,7 @@ class Work:
     n_outputs: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """Device names: of each layer, of its routed experts, of the output."""
 
     layers: tuple[str, ...]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moelocal.model.ggml_types import GGML_TYPES
 from moelocal.model.graph import GraphFacts, read_graph
@@ -195,8 +196,7 @@ def read_facts(header: GGUFHeader) -> ModelFacts:
     return _model_facts(header, keys, tensors, layers, memory, n_ctx_train)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensors:
+class _Tensors(NamedTuple):
     """A header's tensors, each in exactly one place: by role outside the layers, by layer and role inside."""
 
     outside: dict[Role, list[TensorInfo]]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.model.header import GGUFHeader, TensorInfo
 
@@ -19,8 +18,7 @@ _LAYER = re.compile(r"blk\.(\d{1,9})\.(.+?)(?:\.weight)?")
 Shapes = Mapping[str, tuple[int, ...]]  # of one layer's tensors, by name without `blk.N.` and `.weight`
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionGraph:
+class AttentionGraph(NamedTuple):
     """Values per token of one attention layer: queries as projected (with their gates, if any), keys, values, and the
     result before the output projection. `has_rope`: positions turn queries and keys. `latent`: MLA's (queries'
     bottleneck, rotary part of a key, latent values)."""
@@ -35,8 +33,7 @@ class AttentionGraph:
     latent: tuple[int, int, int] | None = None  # q_rank, rope, kv_rank
 
 
-@dataclass(frozen=True, slots=True)
-class RecurrentGraph:
+class RecurrentGraph(NamedTuple):
     """Values per token of a recurrent layer: projected, through the convolution, as the state's output. `state`: values
     of the state that the graph copies. `n_heads` have a decay each."""
 
@@ -49,8 +46,7 @@ class RecurrentGraph:
     n_heads: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LayerGraph:
+class LayerGraph(NamedTuple):
     """Values per token of one layer. `ff`: of one expert; `n_experts` is 0 in a dense layer. `before_output`: what of
     the FFN runs before attention's output projection, because it starts from the layer's input. `adds_to_input`:
     the residual after attention, and after the FFN, takes the input's place instead of the addend's."""
@@ -72,8 +68,7 @@ class LayerGraph:
     is_shared_gated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class GraphFacts:
+class GraphFacts(NamedTuple):
     """What a model's compute graph is made of."""
 
     arch: str = ""
@@ -106,8 +101,7 @@ def _sort(tensor: TensorInfo, layers: list[dict[str, tuple[int, ...]]]) -> None:
         layers[int(match[1])][match[2]] = tensor.shape
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
+class _Keys(NamedTuple):
     metadata: Mapping[str, object]
     arch: str
 

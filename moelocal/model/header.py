@@ -18,7 +18,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from moelocal.errors import BadGGUF, ModelNotFound, MoelocalError
 from moelocal.model.ggml_types import GGML_TYPES, REMOVED_GGML_TYPES, GGMLType
@@ -46,8 +46,7 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of an empty name, n_dims, one di
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One row of the tensor table. `shape` is in GGUF order (fastest first: n_in, n_out, n_expert);
     `offset` is absolute in its shard; `shard` is the index into `GGUFHeader.shards`."""
 
@@ -94,7 +93,7 @@ def parse_header(stream: BinaryIO, n_bytes: int | None = None, name: str = "") -
     alignment: int = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     table = _read_tensor_table(reader, n_tensors, alignment)
     data_offset = _round_up(reader.position, alignment) if table else reader.position
-    tensors = tuple(replace(row, offset=data_offset + row.offset) for row in table)
+    tensors = tuple(row._replace(offset=data_offset + row.offset) for row in table)
     for tensor in tensors:
         if tensor.offset + tensor.n_bytes > file_bytes:
             raise reader.bad(
@@ -289,7 +288,7 @@ def merge_shards(headers: Sequence[GGUFHeader]) -> GGUFHeader:
             if tensor.name in tensors:
                 message = f"{name}: tensor {tensor.name!r} is also in {names[tensors[tensor.name].shard]}"
                 raise BadGGUF(message, tensor.offset, "Two different models may be mixed up here.")
-            tensors[tensor.name] = replace(tensor, shard=i)
+            tensors[tensor.name] = tensor._replace(shard=i)
     first = headers[0]
     n_tensors = first.metadata.get("split.tensors.count")
     if n_tensors != len(tensors):

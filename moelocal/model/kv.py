@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.errors import BadRequest
 from moelocal.model.ggml_types import GGML_TYPES
@@ -14,8 +13,7 @@ _TYPES = {kind.name.lower(): kind for kind in GGML_TYPES.values()}
 _CELL_PADDING = 256
 
 
-@dataclass(frozen=True, slots=True)
-class KVCache:
+class KVCache(NamedTuple):
     """One cache of one layer: values per cell for keys and for values, and how many cells a context takes.
 
     `window`: only so many positions are kept (None: all). `ratio`: one cell stands for so many positions.

@@ -10,7 +10,7 @@ n_embd_r, n_embd_s), `load_arch_hparams` of src/models/*.cpp, src/llama-kv-cache
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.model.keys import Keys
 from moelocal.model.kv import KVCache
@@ -19,16 +19,14 @@ _F32 = 4  # bytes; recurrent state is never quantized
 _CSA_RATIO, _HCA_RATIO = 4, 128  # DeepSeek-V4's two kinds of compressed attention
 
 
-@dataclass(frozen=True, slots=True)
-class LayerMemory:
+class LayerMemory(NamedTuple):
     """What one layer remembers: its caches, which grow with the context, and its recurrent state, which does not."""
 
     caches: tuple[KVCache, ...] = ()
     state_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """`layers`: those that answer. `extra`: caches of layers without loaded weights. `head_lengths`: the lengths of a
     head's keys and values, which decide whether a cache can be quantized (`kv.fits_heads`)."""
 
@@ -37,8 +35,7 @@ class Memory:
     head_lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sliding:
+class _Sliding(NamedTuple):
     """Every `period`-th layer sees everything (the last of each group, or the first), the others slide.
 
     `period` 0: all layers slide; 1: none does, unless the header has an array that says which.
@@ -87,8 +84,7 @@ StateKind = Literal["ssm", "wkv", "kda", "shortconv", "lightning"]
 RecurrentLayers = Literal["all", "both", "no_kv", "no_kv_no_ffn", "interval"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Recurrence:
+class _Recurrence(NamedTuple):
     """What state a recurrent layer keeps, and which layers are recurrent.
 
     `layers`: all; both (recurrent and attending at once); no_kv (those without KV heads); no_kv_no_ffn; interval (all

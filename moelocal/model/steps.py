@@ -9,14 +9,13 @@ ggml/src/ggml-alloc.c (ggml_op_can_inplace).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moelocal.model.arena import F32, Replay, Tensor
 from moelocal.model.graph import AttentionGraph, LayerGraph, RecurrentGraph
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
+class Style(NamedTuple):
     """How attention is computed: without flash attention every query has a score for each of `n_kv` cells; a quantized
     cache holds keys and values that were rotated."""
 
@@ -150,8 +149,7 @@ def _delta_net(r: Replay, g: RecurrentGraph, conv: Tensor, state: Tensor, norm: 
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Router:
+class Router(NamedTuple):
     """Experts in the order of their score, and the weights of the chosen ones."""
 
     order: Tensor
@@ -173,8 +171,7 @@ def ask_router(r: Replay, g: LayerGraph, device: str) -> Router:
     return Router(order, r.replace(normed) if g.is_scaled else normed)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Devices of a layer's experts, and where the layer ends: what follows the last weights of the CPU's last layer is
     pulled over to the GPU that goes on, and with it, in this order, everything that the GPU needs (`arrive`: masks)."""
 
@@ -225,8 +222,7 @@ def _dense(r: Replay, width: int, norm: Tensor, keep_norm: bool = False) -> Tens
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(NamedTuple):
     """What the chosen experts gave for each token, and their weights. `order`: what chose them, while it stays behind
     on another device than theirs."""
 

@@ -76,7 +76,7 @@ def scaled(facts: ModelFacts, ratio: float) -> ModelFacts:
         return tuple((name, int(size * ratio)) for name, size in held)
 
     def layer(one: LayerFacts) -> LayerFacts:
-        tensors = tuple(replace(t, n_bytes=int(t.n_bytes * ratio)) for t in one.expert_tensors)
+        tensors = tuple(t._replace(n_bytes=int(t.n_bytes * ratio)) for t in one.expert_tensors)
         return replace(
             one,
             attention_bytes=int(one.attention_bytes * ratio),

@@ -59,8 +59,7 @@ class Setting:
     load_mode: LoadMode
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Speeds in tokens per second; seconds to the first token of `n_prompt` tokens; seconds to load."""
 
     decode_per_s: float
@@ -84,8 +83,7 @@ class Seconds(NamedTuple):
 ZERO = Seconds(0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """How the model runs, beside its placement, and what it is to do: a prompt of `n_prompt` tokens, then decode with
     `n_depth` tokens in the cache."""
 

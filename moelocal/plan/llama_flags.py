@@ -10,8 +10,7 @@ Source: llama.cpp 0c1e57098, src/llama-model.cpp, load_tensors; src/llama-model-
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.errors import BadRequest
 
@@ -28,8 +27,7 @@ _OUTPUT = r"^(output|token_embd)\."  # tied: the head is a second copy of the em
 _OFFLOAD_MIN_BATCH = 32  # llama.cpp's default, made for dense layers
 
 
-@dataclass(frozen=True, slots=True)
-class LlamaFlags:
+class LlamaFlags(NamedTuple):
     """`devices` to use, in order (None: llama.cpp's choice; none at all: CPU only); `tensor_split`: layers of each one;
     `overrides` as (regular expression, device)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.machine.hardware import Machine
 from moelocal.model.compute import Where, Work, compute_bytes
@@ -36,8 +36,7 @@ class MemoryUse:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes that a context, its KV type and the ubatch bring: `kv` of each layer, `extra_kv` of caches without a layer,
     `compute` at most on a GPU that computes layers and `ram_compute` in RAM, `stage` more on a GPU that long prompts
     copy experts to: one tensor at a time."""

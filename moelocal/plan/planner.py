@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moelocal.errors import BadRequest, OutOfMemory
 from moelocal.machine.hardware import Device, Machine
@@ -37,8 +37,7 @@ _CPU_MODES: tuple[tuple[bool, LoadMode], ...] = ((True, "mmap"), (False, "mmap")
 _GPU_MODES: tuple[tuple[bool, LoadMode], ...] = ((False, "mmap"), (False, "none"), (True, "mmap"))
 
 
-@dataclass(frozen=True, slots=True)
-class Alternative:
+class Alternative(NamedTuple):
     """What one step away from the plan would give: tokens per second, and bytes in all."""
 
     change: str
@@ -158,8 +157,7 @@ def _speeds_json(speeds: Prediction | None) -> dict[str, float] | None:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
+class Trial(NamedTuple):
     """One complete setting that fits, the memory it takes, and its seconds."""
 
     setting: Setting
@@ -293,7 +291,7 @@ def _grown(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, b
         if not _fits(here, uses, copied) or _on_disk(here, uses) > _on_disk(here, best.uses):
             break
         setting = replace(setting, n_ctx=n_ctx)
-        best = replace(best, setting=setting, uses=uses)
+        best = best._replace(setting=setting, uses=uses)
     return best
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelocal.errors import BadRequest
 from moelocal.machine.hardware import Device, Machine
@@ -34,8 +34,7 @@ class PlanRequest:
     one_shot: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What is typical for an objective: a prompt of `n_prompt` new tokens, an answer of `n_answer`, `n_depth` tokens in
     the cache meanwhile; `load_share` of the load counts, as one load serves many turns. `n_ctx`: the context chosen."""
 

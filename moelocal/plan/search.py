@@ -8,9 +8,9 @@ whatever a smaller one did. Layers of a device are neighbours and the CPU's come
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import NamedTuple
 
 from moelocal.model.facts import LayerFacts
 from moelocal.plan.cost import Costs, Placement, Seconds
@@ -22,8 +22,7 @@ _FEW_SPLITS = 60  # of the layers among devices: tried all
 _STEPS = (8, 4, 2, 1)  # layers moved between neighbouring devices while that helps
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
     """A device that may hold layers: bytes for weights and KV, of which `stage` are lost when it computes experts that
     stay in RAM."""
 
