@@ -118,6 +118,8 @@ def _settings(plan: Plan) -> tuple[object, ...]:
 
 def remembered_steps(path: Path, machine: Machine) -> tuple[Memory, ...]:
     """The steps down that this file needed on this machine with this driver; none when it was never too large."""
+    if not any(_folder().glob(f"{_stem(path)}-*")):  # nearly always: saves the time to import hashlib
+        return ()
     try:
         record = json.loads(_record(path).read_text())
         steps, is_known = list(record["steps"]), record["for"] == _identity(path, machine)
@@ -146,7 +148,15 @@ def _record(path: Path) -> Path:
     import hashlib  # slow to import
 
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return user_home() / "plans" / f"{path.stem[:40]}-{name}.json"
+    return _folder() / f"{_stem(path)}-{name}.json"
+
+
+def _folder() -> Path:
+    return user_home() / "plans"
+
+
+def _stem(path: Path) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in path.stem[:40])
 
 
 def _identity(path: Path, machine: Machine) -> dict[str, object]:
