@@ -14,6 +14,7 @@ on, and the planner's search and `predict` add them up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -68,6 +69,13 @@ class Prediction(NamedTuple):
     load_s: float
 
 
+class Correction(NamedTuple):
+    """How many times the computed seconds decode and prefill really take; see `calibration.py`."""
+
+    decode: float = 1.0
+    prefill: float = 1.0
+
+
 class Seconds(NamedTuple):
     """Seconds of one token's decode, of the whole prompt, and of the load."""
 
@@ -79,8 +87,13 @@ class Seconds(NamedTuple):
         """The sum."""
         return Seconds(self.decode + other.decode, self.prefill + other.prefill, self.load + other.load)
 
+    def corrected(self, by: Correction) -> Seconds:
+        """What these seconds turn out to be."""
+        return Seconds(self.decode * by.decode, self.prefill * by.prefill, self.load)
+
 
 ZERO = Seconds(0.0, 0.0, 0.0)
+UNCORRECTED = Correction()
 
 
 class Work(NamedTuple):
@@ -96,7 +109,14 @@ class Work(NamedTuple):
     n_depth: int = 0
 
 
-def predict(facts: ModelFacts, machine: Machine, setting: Setting, n_prompt: int = 512, n_depth: int = 0) -> Prediction:
+def predict(
+    facts: ModelFacts,
+    machine: Machine,
+    setting: Setting,
+    n_prompt: int = 512,
+    n_depth: int = 0,
+    correction: Correction = UNCORRECTED,
+) -> Prediction:
     """What this setting would give: decode with `n_depth` tokens in the cache, prefill of `n_prompt` tokens.
 
     RAM that is missing is read from disk: experts are drawn uniformly, so of a layer's active bytes the share that is
@@ -106,7 +126,7 @@ def predict(facts: ModelFacts, machine: Machine, setting: Setting, n_prompt: int
         setting.kv_type, setting.n_ubatch, setting.threads, setting.repack, setting.load_mode, n_prompt, n_depth
     )
     sizes = Sizes.of(facts, setting.n_ctx, setting.kv_type, setting.n_ubatch)
-    return prediction(Costs(facts, machine, work).total(setting.placement, sizes), n_prompt)
+    return prediction(Costs(facts, machine, work).total(setting.placement, sizes).corrected(correction), n_prompt)
 
 
 def prediction(seconds: Seconds, n_prompt: int) -> Prediction:
@@ -115,10 +135,20 @@ def prediction(seconds: Seconds, n_prompt: int) -> Prediction:
 
 
 class Costs:
-    """Seconds of every layer on every device, for one way to run. Made once, added up for many placements."""
+    """Seconds of every layer on every device, for one way to run. Made once, added up for many placements.
 
-    def __init__(self, facts: ModelFacts, machine: Machine, work: Work) -> None:
+    `correct` says how far the totals are off; the layers' shares are as computed.
+    """
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        machine: Machine,
+        work: Work,
+        correct: Callable[[Work, Placement], Correction] | None = None,
+    ) -> None:
         self.facts, self.machine, self.work = facts, machine, work
+        self._correct = correct
         self._n_batches = -(-work.n_prompt // work.n_ubatch)
         self._n_at_once = max(1, work.n_prompt // self._n_batches)
         self._devices = {device.name: device for device in machine.devices}
@@ -196,7 +226,8 @@ class Costs:
             at = home
         hops += placement.output != at
         total = Seconds(decode + self.hop.decode * hops, prefill + self.hop.prefill * hops, load)
-        return total.plus(self._misses(placement, sizes))
+        total = total.plus(self._misses(placement, sizes))
+        return total if self._correct is None else total.corrected(self._correct(self.work, placement))
 
     def _layer_seconds(self, layer: LayerFacts, home: str, where: str, parts: dict[str, str]) -> Seconds:
         """A layer with its experts, and the two hops when some of them are elsewhere."""
