@@ -33,8 +33,8 @@ _MIRROR_HEAD = 8
 
 
 class Log:
-    """What llama.cpp says. Kept whole lines at a time; echoed to stderr when `verbose`, then with debug lines, which
-    are never kept; mirrored into shared memory so that a parent process can still read it after a native crash."""
+    """What llama.cpp says, without its debug lines. Kept whole lines at a time; echoed to stderr when `verbose`;
+    mirrored into shared memory so that a parent process can still read it after a native crash."""
 
     def __init__(self) -> None:
         self.lines: deque[tuple[int, str]] = deque(maxlen=2000)
@@ -47,14 +47,12 @@ class Log:
         """Takes one fragment; a line counts when its newline arrives."""
         if level != _LEVEL_CONTINUE:
             self._level = level
-        if self._level == _LEVEL_DEBUG and not self.verbose:
+        if self._level == _LEVEL_DEBUG:
             return
         *whole, self._part = (self._part + text).split("\n")
         for line in whole:
             if self.verbose:
                 print(line, file=sys.stderr)
-            if self._level == _LEVEL_DEBUG:
-                continue
             self.lines.append((self._level, line))
             if self.mirror is not None:
                 mirror_write(self.mirror, line + "\n")

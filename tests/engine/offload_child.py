@@ -6,12 +6,13 @@ usage: python -m tests.engine.offload_child FILE ENDPOINT,... PLACEMENT...   (JS
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from moelocal.engine import llama, rpc
 from moelocal.engine.sampling import Sampling
@@ -23,6 +24,19 @@ from moelocal.plan.planner import Plan
 PROMPT = "The quick brown fox jumps over the lazy dog and runs on. " * 4
 
 
+@contextlib.contextmanager
+def hearing(said: list[str]) -> Iterator[None]:
+    """Collects what llama.cpp says, debug lines too."""
+    write = llama.LOG.write
+
+    def heard(level: int, text: str) -> None:
+        said.append(text)
+        write(level, text)
+
+    with mock.patch.object(llama.LOG, "write", heard):
+        yield
+
+
 def answer(path: Path, placement: Placement) -> dict[str, Any]:
     """Tokens, logits, bytes per device and overridden tensors of one placement."""
     n_ctx, n_ubatch = 512, 64
@@ -30,10 +44,11 @@ def answer(path: Path, placement: Placement) -> dict[str, Any]:
         n_ctx=n_ctx, kv_type="f16", n_ubatch=n_ubatch, threads=1, n_gpu_layers=0, repack=True, load_mode="mmap",
         placement=placement,
     )  # fmt: skip
-    with contextlib.redirect_stderr(io.StringIO()) as said:  # debug lines name the overridden tensors
+    said: list[str] = []
+    with hearing(said):  # debug lines name the overridden tensors
         session = load([path], read_header(path), plan)
-    moved = [line.split()[1] for line in said.getvalue().splitlines() if "buffer type overridden" in line]
-    with session, contextlib.redirect_stderr(io.StringIO()):
+    moved = [line.split()[1] for line in "".join(said).splitlines() if "buffer type overridden" in line]
+    with session:
         prompt = session.tokenize(PROMPT)
         list(session.stream(prompt, Sampling(temperature=0.0, max_tokens=1)))
         n_vocab = session._low.llama_vocab_n_tokens(session._vocab)
@@ -46,7 +61,6 @@ def answer(path: Path, placement: Placement) -> dict[str, Any]:
 def main() -> None:
     path, endpoints, *placements = sys.argv[1:]
     rpc.add_workers([endpoint for endpoint in endpoints.split(",") if endpoint])
-    llama.LOG.verbose = True
     results = []
     for text in placements:
         made = json.loads(text)
