@@ -9,9 +9,10 @@ def main() -> None:
     """Starts the command line. Starting makes many objects and no garbage, so nothing is collected meanwhile; a model
     that is open turns the collector on again."""
     gc.disable()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller: `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if sys.stdout is None:  # closed by the caller: `>&-`
+        sys.exit("Error: Standard output is closed, so the answer would be lost.\nTo do without it: > /dev/null")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         from moelocal.cli.app import main as command_line
 

@@ -10,9 +10,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from moelocal import __version__
 from moelocal.cli import chat, doctor, messages, plan, run, worker
@@ -34,16 +36,48 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+_HELP = """Run Mixture-of-Experts models larger than your graphics card.
+
+Try it at once, offline: moelocal run demo "What is a mixture of experts?"
+"""
+
+
+@app.callback(help=messages.as_typed(_HELP))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Run Mixture-of-Experts models larger than your graphics card.
+    """What the program takes without a command."""
 
-    Try it at once, offline: moelocal run demo "What is a mixture of experts?"
-    """
+
+class _Command(TyperCommand):
+    """A command that tells what was probably meant when it is used wrongly."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.Exit:
+            raise
+        except Exception as caught:
+            error: Any = caught  # of a class that Typer keeps to itself
+            if hasattr(error, "possibilities"):
+                error.possibilities = None
+                if close := _close(error.option_name, [name for param in self.params for name in param.opts]):
+                    error.message += f". Did you mean {' or '.join(close)}?"
+            elif "unexpected extra argument" in getattr(error, "message", "") and "prompt" in ctx.params:
+                error.message += f'. Put the prompt in quotes: {messages.program()} {self.name} MODEL "several words"'
+            raise
+
+
+def _close(typed: str, names: list[str]) -> list[str]:
+    """The options that may be meant by one that there is not: those with a common beginning, else those that contain
+    it, else those spelled alike; at most three."""
+    word = typed.lstrip("-").replace("_", "-").lower()
+    options = {name.lstrip("-"): name for name in names if name.startswith("--")}
+    found = [name for name in options if name.startswith(word) or word.startswith(name)]
+    found = found or [name for name in options if len(word) > 2 and word in name]
+    return [options[name] for name in found or get_close_matches(word, options)][:3]
 
 
 def bounded(command: Callable[..., None]) -> Callable[..., None]:
@@ -80,9 +114,10 @@ def _silence() -> None:
 
 
 for command in (doctor.doctor, run.run, chat.chat, plan.plan, worker.worker):
-    app.command(command.__name__)(bounded(expand(command)))
+    app.command(command.__name__, cls=_Command)(bounded(expand(command)))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="moelocal")
+    name = messages.program() if "-completion" not in str(sys.argv[1:2]) else "moelocal"  # a shell completes by name
+    app(prog_name=name, complete_var="_MOELOCAL_COMPLETE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,24 @@ if TYPE_CHECKING:
     from moelocal.engine.timings import Timings
 
 
+_COMMANDS = "bench|chat|convert|doctor|eval|experts|imatrix|list|plan|prune|pull|quantize|rm|run|serve|show|tune|worker"
+_COMMAND = re.compile(rf"(?<![\w/.-])moelocal(?= (?:{_COMMANDS})\b)")
 _BOLD_RED, _DIM, _RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
+
+
+def program() -> str:
+    """What was typed to start this program: `moelocal`, or its path where the shell would not find that."""
+    typed = os.environ.get("MOELOCAL_COMMAND") or sys.argv[0]
+    folder, name = os.path.split(typed)
+    if name == "__main__.py" and os.path.basename(folder) == "moelocal":
+        return f"{os.path.basename(sys.executable)} -m moelocal"
+    is_found = folder in os.environ.get("PATH", "").split(os.pathsep)
+    return typed if name == "moelocal" and folder and not is_found else "moelocal"
+
+
+def as_typed(text: str) -> str:
+    """`text` whose commands, such as `moelocal doctor`, can be typed as they are."""
+    return _COMMAND.sub(program().replace("\\", r"\\"), text)
 
 
 def error(failure: MoelocalError) -> None:
@@ -29,7 +47,7 @@ def error(failure: MoelocalError) -> None:
 
 def note(message: str) -> None:
     """Something good to know."""
-    _write(wrapped(harmless(message)))
+    _write(wrapped(harmless(as_typed(message))))
 
 
 def dim(message: str) -> None:

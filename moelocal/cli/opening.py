@@ -7,11 +7,13 @@ import importlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moelocal.cli.screen import is_dumb
 from moelocal.errors import BadRequest, MoelocalError, OutOfMemory
 
 if TYPE_CHECKING:
@@ -102,6 +104,10 @@ def open_model(
     meanwhile.join()
     gc.freeze()  # what starting made stays; collections look only at what comes now
     gc.enable()
+    if facts.n_ctx_train and (placement.ctx or 0) > facts.n_ctx_train:
+        from moelocal.cli.messages import note
+
+        note(f"The model was trained for {facts.n_ctx_train:,} tokens: beyond them its answers get worse.")
     from moelocal.engine.prompt import make_prompter
 
     prompter = make_prompter(header.metadata, raw, session.token_text)
@@ -155,8 +161,6 @@ class _Loader(NamedTuple):
 
 
 def _import_what_follows() -> None:
-    from moelocal.cli.screen import is_dumb
-
     importlib.import_module("moelocal.engine.conversation")
     importlib.import_module("moelocal.engine.template")
     if sys.stdout.isatty() and not is_dumb():
@@ -168,7 +172,7 @@ class LoadingBar:
 
     def __init__(self, label: str, silent: bool = False) -> None:
         self._label = label
-        self._silent = silent or not sys.stderr.isatty()
+        self._silent = silent or not sys.stderr.isatty() or is_dumb()
         self._start = time.monotonic()
         self._bar: Any = None
 
@@ -196,8 +200,8 @@ class LoadingBar:
         self.close()
 
 
-def make_sampling(generation: Generation, metadata: Mapping[str, Any]) -> Sampling:
-    """Sampling from a command's options, the model's advice and the defaults.
+def make_sampling(generation: Generation, metadata: Mapping[str, Any], session: Session | None = None) -> Sampling:
+    """Sampling from a command's options, the model's advice and the defaults. With a session, a grammar is parsed.
 
     Raises:
         BadRequest: impossible values, or a grammar or schema file that cannot be used.
@@ -210,10 +214,26 @@ def make_sampling(generation: Generation, metadata: Mapping[str, Any]) -> Sampli
     elif generation.json_schema is not None:
         from moelocal.engine.llama import schema_to_grammar
 
-        grammar = schema_to_grammar(read_text(generation.json_schema, "JSON schema"))
+        schema = read_text(generation.json_schema, "JSON schema")
+        with _naming(generation.json_schema):
+            grammar = schema_to_grammar(schema)
     names = {field.name for field in fields(Sampling)}
     given = {name: value for name, value in asdict(generation).items() if name in names}
-    return with_advice({**given, "grammar": grammar, "stop": tuple(generation.stop or ())}, metadata)
+    sampling = with_advice({**given, "grammar": grammar, "stop": tuple(generation.stop or ())}, metadata)
+    file = generation.grammar or generation.json_schema
+    if session is not None and file is not None:
+        with _naming(file):
+            session.check(sampling)
+    return sampling
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the name of the file before what is wrong with it."""
+    try:
+        yield
+    except BadRequest as error:
+        raise BadRequest(f"{file}: {error.message}", error.hint) from error
 
 
 def read_text(path: Path, what: str, max_bytes: int = 8 << 20) -> str:

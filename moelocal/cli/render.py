@@ -16,14 +16,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich import markdown
 from rich.cells import cell_len
-from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderResult
+from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderableType, RenderResult
 from rich.rule import Rule
 from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.text import Text
 from rich.theme import Theme
 
-from moelocal.cli.screen import BLANK, Row, harmless
+from moelocal.cli.screen import BLANK, Row, Screen, harmless
 
 if TYPE_CHECKING:
     from moelocal.cli.answer import AnswerView
@@ -43,8 +43,10 @@ def progress_bar(label: str) -> Callable[[float | None], None]:
     """A transient bar on stderr. Call the result with 0.0 to 1.0, as often as you like, and with None to remove it."""
     from rich.progress import BarColumn, Progress, TextColumn
 
+    painter = Painter(sys.stderr)
+    screen = Screen(sys.stderr, painter.cells)
     columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.percentage:.0f}%")
-    bar = Progress(*columns, console=console(), transient=True, auto_refresh=False)
+    bar = Progress(*columns, auto_refresh=False)
     task = bar.add_task(harmless(label), total=1.0)
     next_draw = 0.0
 
@@ -52,11 +54,13 @@ def progress_bar(label: str) -> Callable[[float | None], None]:
         nonlocal next_draw
         now = time.monotonic()
         if fraction is None:
-            bar.stop()
+            screen.refit()
+            screen.draw([])
         elif now >= next_draw:
             next_draw = now + 0.1
-            bar.start()
-            bar.update(task, completed=fraction, refresh=True)
+            screen.refit()
+            bar.update(task, completed=fraction)
+            screen.draw([], painter.rows(bar.get_renderable(), screen.width)[:1])
 
     return update
 
@@ -168,8 +172,12 @@ class Painter:
             return [BLANK]
         paragraph = Text(text, style=self._console.get_style(style))
         paragraph.expand_tabs(8)
+        return self.rows(paragraph, width)
+
+    def rows(self, what: RenderableType, width: int) -> list[Row]:
+        """Rows of anything that rich renders."""
         options = self._console.options.update(width=width, height=None)
-        return [self._row(line) for line in self._console.render_lines(paragraph, options, pad=False)]
+        return [self._row(line) for line in self._console.render_lines(what, options, pad=False)]
 
     def _row(self, line: list[Segment]) -> Row:
         segments = [segment for segment in line if segment.text and not segment.control]

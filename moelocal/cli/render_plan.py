@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moelocal.cli.messages import as_typed
 from moelocal.cli.screen import harmless
 from moelocal.plan.memory import CPU
 from moelocal.units import format_bytes, format_count, format_rate, format_seconds
@@ -50,7 +51,7 @@ def show_plan(plan: Plan, facts: ModelFacts, machine: Machine, out: TextIO) -> N
     console.print()
     console.print(_speeds(plan))
     console.print()
-    _section(console, "Why", plan.reasons)
+    _section(console, "Why", tuple(as_typed(reason) for reason in plan.reasons))
     if plan.alternatives:
         console.print(Text("What else", style="bold"))
         console.print(_alternatives(plan, width))

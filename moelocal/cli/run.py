@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moelocal.cli import options as opt
+from moelocal.cli.messages import as_typed
 from moelocal.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _N_ANSWER = 4096  # tokens of answer that a context chosen for a prompt has room
 
 Prompt = Annotated[
     str | None,
-    typer.Argument(metavar="[PROMPT]", help='From a pipe too: git diff | moelocal run demo "review this".'),
+    typer.Argument(metavar="[PROMPT]", help=as_typed('From a pipe too: git diff | moelocal run demo "review this".')),
 ]
 
 
@@ -53,12 +54,20 @@ def run(
     messages = [Message("system", generation.system)] if generation.system else []
     messages.append(Message("user", text))
     with opened.session as session:
-        sampling = make_sampling(generation, session.header.metadata)
+        sampling = make_sampling(generation, session.header.metadata, session)
         if not generation.raw and not opened.prompter.has_template:
             note("This model has no chat template: it continues your text instead of answering it.")
         collected = _Collected()
         view: AnswerView = collected if as_json else open_view(sys.stdout.isatty(), hide_reasoning)
-        ended = _answer(opened, messages, sampling, view)
+        try:
+            ended = _answer(opened, messages, sampling, view)
+        except KeyboardInterrupt:
+            view.finish()
+            if session.timings is None:
+                raise
+            dim("(interrupted)")
+            dim(stats_line(session.timings))
+            raise SystemExit(130) from None
         last = ended.last
         view.finish()
         assert last.timings is not None

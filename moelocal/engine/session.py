@@ -18,7 +18,7 @@ from moelocal.engine.interrupt import Interrupt
 from moelocal.engine.sampling import Sampler, Sampling
 from moelocal.engine.state import StateFile
 from moelocal.engine.text import TextDecoder
-from moelocal.engine.timings import Chunk, Timings
+from moelocal.engine.timings import Chunk, Timings, timings_of
 from moelocal.engine.warm import warm
 from moelocal.errors import BadRequest, ContextFull, LoadFailed, MoelocalError
 from moelocal.model.header import GGUFHeader
@@ -85,6 +85,7 @@ class Session:
         self.plan, self.header, self.load_s = plan, header, load_s
         self.cached: list[int] = []
         self.allocated: tuple[MemoryUse, ...] = ()  # per device, once the context is made
+        self.timings: Timings | None = None  # of the last answer, an interrupted one too
         self._buffers = logged_buffers()
         self._low = low = llama.api()
         self._interrupt = interrupt
@@ -146,6 +147,10 @@ class Session:
         return bool(low.llama_model_has_decoder(model)) and not (
             low.llama_model_has_encoder(model) or low.llama_model_is_diffusion(model)
         )
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises BadRequest for a grammar that cannot be parsed."""
+        Sampler(sampling, self._model).close()
 
     def leading_control(self, text: str) -> list[int]:
         """The control token that a text begins with, if it does."""
@@ -267,7 +272,7 @@ class Session:
         on_prefill: Callable[[int, int], None] | None = None,
         stop_tokens: frozenset[int] = frozenset(),
     ) -> Iterator[Chunk]:
-        """Streams the answer to a prompt of token ids, one chunk a token.
+        """Streams the answer to a prompt of token ids, one chunk a token; `timings` are there however it ends.
 
         Args:
             visible: control tokens whose text belongs into the stream (others are silent).
@@ -279,6 +284,47 @@ class Session:
             KeyboardInterrupt: Ctrl-C, within one batch; the session stays usable.
             BadRequest: an empty prompt, or a grammar that cannot be parsed.
         """
+        self._check_room(tokens)
+        ends = self._end_tokens if sampling.ignore_eos else ()
+        with Sampler(sampling, self._model, ends) as sampler, self._interrupt:
+            self.open()
+            start, prompt_at, first_at = time.perf_counter(), 0.0, 0.0
+            n_cached = self._rewind(tokens)
+            generated, finish, token = 0, None, None
+            try:
+                self._prefill(tokens, on_prefill)
+                prompt_at = time.perf_counter()
+                sampler.accept(tokens[-sampling.penalty_last_n :] if sampling.penalty_last_n else ())
+                out = TextDecoder(sampling.stop)
+                limit = min(sampling.max_tokens or self._n_ctx, self._n_ctx)
+                context, decode, cached = self._context, self._decode, self.cached
+                is_eog, vocab, sample = self._low.llama_vocab_is_eog, self._vocab, sampler.sample
+                batch = self._low.llama_batch_get_one(self._token, 1)
+                while finish is None:
+                    token = sample(context)
+                    generated += 1
+                    first_at = first_at or time.perf_counter()
+                    if is_eog(vocab, token) or token in stop_tokens:
+                        token, finish = None, "stop"
+                        break
+                    text = out.feed(self.token_bytes(token, token in visible))
+                    if out.stopped:
+                        finish = "stop"
+                    elif generated >= limit or len(cached) >= self._n_ctx:
+                        finish = "length"
+                    else:
+                        yield Chunk(text, token)
+                        self._token[0] = token
+                        decode(batch, (token,))
+            finally:
+                marks = (start, prompt_at, first_at, time.perf_counter())
+                n_prompt = min(len(tokens), len(self.cached))
+                self.timings = timings_of(self.load_s, (n_prompt, n_cached, generated), marks)
+            rest = out.flush() if token is None else text + out.flush()
+            yield Chunk(rest, token, self.timings, finish)  # type: ignore[arg-type]
+
+    def _check_room(self, tokens: Sequence[int]) -> None:
+        """Raises BadRequest for an empty prompt, ContextFull for one that leaves no room for an answer."""
         if not tokens:
             raise BadRequest("The prompt is empty.", 'Give one: moelocal run demo "What is a mixture of experts?"')
         if len(tokens) >= self._n_ctx:
@@ -288,49 +334,6 @@ class Session:
                 self._n_ctx,
                 self._longer(len(tokens) + 512),
             )
-        ends = self._end_tokens if sampling.ignore_eos else ()
-        with Sampler(sampling, self._model, ends) as sampler, self._interrupt:
-            self.open()
-            start = time.perf_counter()
-            n_cached = self._rewind(tokens)
-            self._prefill(tokens, on_prefill)
-            prompt_s = time.perf_counter() - start
-            sampler.accept(tokens[-sampling.penalty_last_n :] if sampling.penalty_last_n else ())
-            out = TextDecoder(sampling.stop)
-            limit = min(sampling.max_tokens or self._n_ctx, self._n_ctx)
-            generated, first_at, finish, token = 0, 0.0, None, None
-            context, decode, cached = self._context, self._decode, self.cached
-            is_eog, vocab, sample = self._low.llama_vocab_is_eog, self._vocab, sampler.sample
-            batch = self._low.llama_batch_get_one(self._token, 1)
-            while finish is None:
-                token = sample(context)
-                generated += 1
-                if generated == 1:
-                    first_at = time.perf_counter()
-                if is_eog(vocab, token) or token in stop_tokens:
-                    token, finish = None, "stop"
-                    break
-                text = out.feed(self.token_bytes(token, token in visible))
-                if out.stopped:
-                    finish = "stop"
-                elif generated >= limit or len(cached) >= self._n_ctx:
-                    finish = "length"
-                else:
-                    yield Chunk(text, token)
-                    self._token[0] = token
-                    decode(batch, (token,))
-            end = time.perf_counter()
-            rest = out.flush() if token is None else text + out.flush()
-            timings = Timings(
-                load_s=self.load_s,
-                prompt_tokens=len(tokens),
-                cached_tokens=n_cached,
-                prompt_s=prompt_s,
-                first_token_s=first_at - start,
-                generated_tokens=generated,
-                generate_s=end - first_at,
-            )
-            yield Chunk(rest, token, timings, finish)  # type: ignore[arg-type]
 
     # -- state ------------------------------------------------------------------------------------------------------
 

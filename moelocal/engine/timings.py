@@ -52,3 +52,23 @@ class Chunk(NamedTuple):
     token: int | None
     timings: Timings | None = None
     finish_reason: FinishReason | None = None
+
+
+def timings_of(load_s: float, tokens: tuple[int, int, int], marks: tuple[float, float, float, float]) -> Timings:
+    """Timings of an answer that ended at any moment.
+
+    Args:
+        tokens: of the prompt, as far as computed; of it cached; generated.
+        marks: when it began, had read the prompt, had the first token (0.0: it never did), ended.
+    """
+    n_prompt, n_cached, n_generated = tokens
+    start, prompt_at, first_at, end = marks
+    return Timings(
+        load_s=load_s,
+        prompt_tokens=n_prompt,
+        cached_tokens=n_cached,
+        prompt_s=(prompt_at or end) - start,
+        first_token_s=(first_at or end) - start,
+        generated_tokens=n_generated,
+        generate_s=end - (first_at or end),
+    )

@@ -407,3 +407,23 @@ def test_no_color_means_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_stats_line(timings: Timings, line: str) -> None:
     assert stats_line(timings) == line
+
+
+@pytest.mark.parametrize(("width", "height"), [(30, 24), (80, 3), (20, 5), (120, 40)])
+def test_a_progress_bar_leaves_no_trace_in_a_resized_window(
+    monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    terminal = Terminal(monkeypatch, 60, 24)
+    terminal.write("before\r\n")
+    monkeypatch.setattr("sys.stderr", terminal)
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    update = render.progress_bar("Loading a model")
+    update(0.2)
+    assert "Loading a model" in terminal.rows()[1] and "20%" in terminal.rows()[1]
+    terminal.resize(width, height)
+    update(0.4)
+    assert len(terminal.rows()) == 2
+    terminal.resize(60, 24)
+    update(None)
+    assert terminal.rows() == ["before"]

@@ -125,6 +125,7 @@ def test_a_split_model_runs_as_one(tiny: Tiny, tmp_path: Path) -> None:
 def test_verbose_shows_llama_cpps_log() -> None:
     done = run("run", "demo", QUESTION, "-v", *QUICK)
     assert "llama_model_loader" in done.stderr and done.stdout == ANSWER + "\n"
+    assert "assigned to device" not in done.stderr, "debug lines are too many"
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -149,6 +150,47 @@ def test_verbose_shows_llama_cpps_log() -> None:
 )
 def test_wrong_usage(args: list[str], word: str) -> None:
     refused(run("run", "demo", QUESTION, *args), 2, word)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--temp", "--temperature"),
+        ("--temprature", "--temperature"),
+        ("--tokens", "--max-tokens"),
+        ("--ctx-size", "--ctx"),
+        ("--top_k", "--top-k"),
+        ("--top", "--top-k or --top-p"),
+        ("-t", "--temperature or --top-k or --top-p"),
+    ],
+)
+def test_a_wrong_option_gets_the_right_one(typed: str, meant: str) -> None:
+    error = run("run", "demo", QUESTION, typed, "1").stderr.splitlines()[-1]
+    assert error == f"Error: No such option: {typed}. Did you mean {meant}?"
+
+
+def test_a_prompt_without_quotes_is_told_to_have_them() -> None:
+    refused(run("run", "demo", "What", "is", "it"), 2, "(is it)", "quotes: python", 'run MODEL "several words"')
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_hints_name_the_program_as_it_was_called(tmp_path: Path) -> None:
+    def said(env: dict[str, str], *program: str) -> str:
+        quiet: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+        done = subprocess.run([*program, "run", "demo"], env=os.environ | env, **quiet)
+        return str(done.stderr.splitlines()[-1])
+
+    (tmp_path / "moelocal").write_text(f"#!{sys.executable}\nfrom moelocal.__main__ import main\nmain()\n")
+    (tmp_path / "moelocal").chmod(0o755)
+    assert said({}, str(tmp_path / "moelocal")).startswith(f"Give one: {tmp_path}/moelocal run demo")
+    assert said({"PATH": f"{tmp_path}:/bin"}, str(tmp_path / "moelocal")).startswith("Give one: moelocal run demo")
+    assert said({"MOELOCAL_COMMAND": "scripts/moelocal"}, *command()).startswith("Give one: scripts/moelocal run demo")
+    assert "-m moelocal run demo" in said({}, *command())
+
+
+def test_a_context_beyond_the_training_is_told() -> None:
+    assert "trained for 2,048 tokens" in run("run", "demo", QUESTION, "--ctx", "2049", *QUICK).stderr
+    assert "trained" not in run("run", "demo", QUESTION, "--ctx", "2048", *QUICK).stderr
 
 
 def test_no_prompt() -> None:
@@ -183,8 +225,11 @@ def test_a_grammar_that_cannot_be_parsed_says_why_and_nothing_else(tmp_path: Pat
     grammar = tmp_path / "g.gbnf"
     grammar.write_text("What is the capital of France?\n")
     done = run("run", "demo", "hi", "--grammar", str(grammar), *QUICK)
-    refused(done, 2, "grammar cannot be parsed", "::=")
+    refused(done, 2, f"{grammar}: The grammar cannot be parsed", "::=")
     assert done.stderr.count("\n") == 2, done.stderr
+    schema = tmp_path / "s.json"
+    schema.write_text('{"type": "thing"}')
+    refused(run("run", "demo", "hi", "--json-schema", str(schema), *QUICK), 2, f"{schema}: The JSON schema cannot")
 
 
 def test_an_answer_that_was_cut_says_so() -> None:
@@ -250,6 +295,7 @@ def test_memory_that_the_system_denies() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (700 << 20, 700 << 20))
 
     done = run("run", "demo", "hi", "--ctx", "1000000", *QUICK, preexec_fn=limit)
+    done.stderr = done.stderr.partition("\n")[2]  # after the note on what the model was trained for
     refused(done, 1, "memory")
 
 
@@ -262,7 +308,7 @@ def test_output_that_cannot_be_written() -> None:
     full = subprocess.run(["bash", "-c", f"{line} > /dev/full"], **quiet)
     assert full.returncode == 1 and "full" in full.stderr and "Traceback" not in full.stderr
     closed = subprocess.run(["bash", "-c", f"{line} >&-"], **quiet)
-    assert "Traceback" not in closed.stderr
+    assert closed.returncode == 1 and closed.stderr.startswith("Error: Standard output is closed"), closed.stderr
 
 
 def test_a_context_follows_the_prompt_and_the_answer() -> None:
@@ -294,7 +340,9 @@ def test_ctrl_c() -> None:
     assert process.stdout.read(1)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode in (130, 0) and b"Traceback" not in err
+    assert process.returncode == 130 and b"Traceback" not in err
+    note, figures = err.decode().splitlines()
+    assert note == "(interrupted)" and figures.startswith("prefill ") and "decode " in figures
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.08, 0.15, 0.25, 0.4])
