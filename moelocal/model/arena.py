@@ -43,6 +43,11 @@ class Arena:
             insort(self._holes, (-negative + n_bytes, size - n_bytes))
         return Block(-negative, n_bytes)
 
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What the places of further tensors depend on."""
+        return self._end, *self._holes
+
     def free(self, block: Block) -> None:
         """Gives a tensor's place back; it becomes one with the holes beside it."""
         start, end = block.offset, block.offset + block.n_bytes
@@ -72,6 +77,11 @@ class Replay:
     def new(self, device: str, width: int, extra: int = 0) -> Tensor:
         """float32[n_tokens, width], and `extra` values more."""
         return self.take(device, (width * self.n_tokens + extra) * F32)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What the places of further tensors depend on."""
+        return tuple((name, *arena.state) for name, arena in self.arenas.items())
 
     def take(self, device: str, n_bytes: int) -> Tensor:
         """A tensor of so many bytes."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from moelocal.model.arena import F16, F32, Replay
+from moelocal.model.arena import F16, F32, Replay, Tensor
 from moelocal.model.facts import DEFAULT_N_UBATCH, NO_FLASH_ATTENTION, LayerFacts, ModelFacts
 from moelocal.model.kv import KVType
 from moelocal.model.steps import Route, Style, add, add_up, ask_router, attend, experts, feed_forward, recur
@@ -57,38 +57,60 @@ def compute_bytes(facts: ModelFacts, work: Work, where: Where) -> dict[str, int]
     replay = Replay(min(work.n_ubatch, work.n_ctx))
     inputs = _Inputs(replay, facts, work, where)
     stream = replay.new(CPU, graph.n_embd)
-    for index, (layer, device, home) in enumerate(zip(graph.layers, where.layers, where.experts, strict=True)):
-        stream = replay.move(stream, device)
-        inputs.copy_all(device, _masks_from(index, facts, where))
-        style = inputs.style(facts.layers[index])
-        if layer.attention:
-            result = attend(replay, layer.attention, device, style, stream)
-        elif layer.recurrent:
-            result = recur(replay, layer.recurrent, device, stream)
-        else:
-            result = replay.like(stream)
-        router = ask_router(replay, layer, device) if layer.before_output == "router" else None
-        routed = None
-        if layer.before_output == "experts":
-            given = experts(replay, layer, home, replay.like(stream), ask_router(replay, layer, device))
-            routed = add_up(replay, layer, device, given)
-        if layer.attention and not layer.attention.latent and style.is_quantized:
-            result = replay.replace(result)  # rotated back
-        out = replay.like(stream)
-        replay.free(result)
-        stream = add(replay, stream, out, layer.adds_to_input[0])
-        if index == len(graph.layers) - 1:  # only the tokens whose logits are asked for go on
-            replay.n_tokens = min(work.n_outputs, replay.n_tokens)
-        after = where.layers[index + 1] if index + 1 < len(graph.layers) else where.output
-        finish = after if device == CPU else device
-        route = Route(home, finish, partial(inputs.copy_all, finish, _masks_from(index + 1, facts, where)))
-        stream = feed_forward(replay, layer, route, stream, router)
-        if routed:
-            replay.free(stream)
-            stream = routed
+    signs, seen, index = inputs.signs(), dict[object, int](), 0
+    while index < len(graph.layers):
+        since = seen.setdefault((stream, replay.state, len(inputs.here)), index)
+        index += _repeated(signs, index, index - since)
+        stream = _layer(inputs, stream, index)
+        index += 1
     stream = replay.move(stream, where.output)
     replay.new(where.output, graph.n_vocab)
     return {device: arena.peak_bytes for device, arena in replay.arenas.items()}
+
+
+def _repeated(signs: list[object], index: int, period: int) -> int:
+    """How many layers from this one on only repeat what the `period` layers before it did: they began in the same state
+    as this one, so those that are like them end in it again. The last such period is left, to be replayed."""
+    end = index
+    while period and end < len(signs) and signs[end] == signs[end - period]:
+        end += 1
+    return max(0, (end - index) // period - 1) * period if period else 0
+
+
+def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
+    """One layer; what it hands on."""
+    replay, facts, where = inputs.replay, inputs.facts, inputs.where
+    layers = facts.graph.layers
+    layer, device, home = layers[index], where.layers[index], where.experts[index]
+    stream = replay.move(stream, device)
+    inputs.copy_all(device, _masks_from(index, facts, where))
+    style = inputs.style(facts.layers[index])
+    if layer.attention:
+        result = attend(replay, layer.attention, device, style, stream)
+    elif layer.recurrent:
+        result = recur(replay, layer.recurrent, device, stream)
+    else:
+        result = replay.like(stream)
+    router = ask_router(replay, layer, device) if layer.before_output == "router" else None
+    routed = None
+    if layer.before_output == "experts":
+        given = experts(replay, layer, home, replay.like(stream), ask_router(replay, layer, device))
+        routed = add_up(replay, layer, device, given)
+    if layer.attention and not layer.attention.latent and style.is_quantized:
+        result = replay.replace(result)  # rotated back
+    out = replay.like(stream)
+    replay.free(result)
+    stream = add(replay, stream, out, layer.adds_to_input[0])
+    if index == len(layers) - 1:  # only the tokens whose logits are asked for go on
+        replay.n_tokens = min(inputs.work.n_outputs, replay.n_tokens)
+    after = inputs.after(index)
+    finish = after if device == CPU else device
+    route = Route(home, finish, partial(inputs.copy_all, finish, _masks_from(index + 1, facts, where)))
+    stream = feed_forward(replay, layer, route, stream, router)
+    if routed:
+        replay.free(stream)
+        stream = routed
+    return stream
 
 
 def _masks_from(start: int, facts: ModelFacts, where: Where) -> list[int | None]:
@@ -109,7 +131,7 @@ class _Inputs:
 
     def __init__(self, replay: Replay, facts: ModelFacts, work: Work, where: Where) -> None:
         graph = facts.graph
-        self.replay = replay
+        self.replay, self.facts, self.work, self.where = replay, facts, work, where
         self.is_flash = graph.arch not in NO_FLASH_ATTENTION
         self.is_quantized = work.kv_type != "f16"
         caches = {cache.window: cache for layer in facts.layers for cache in layer.caches[:1]}
@@ -122,6 +144,19 @@ class _Inputs:
         if not self.is_flash:  # values are stored transposed: an index for each
             v = max((layer.attention.v for layer in graph.layers if layer.attention), default=0)
             replay.take(CPU, v * replay.n_tokens * 8)
+
+    def after(self, index: int) -> str:
+        """The device that goes on after a layer."""
+        return self.where.layers[index + 1] if index + 1 < len(self.where.layers) else self.where.output
+
+    def signs(self) -> list[object]:
+        """For each layer what its steps depend on: equal ones do the same."""
+        layers = zip(self.facts.layers, self.facts.graph.layers, self.where.layers, self.where.experts, strict=True)
+        signs: list[object] = []
+        for index, (layer, graph, device, home) in enumerate(layers):
+            is_last = index == len(self.where.layers) - 1
+            signs.append((graph, layer.caches[:1], bool(layer.n_experts), device, home, self.after(index), is_last))
+        return signs
 
     def _n_bytes(self, window: int | None) -> int:
         return self.cells[window] * self.replay.n_tokens * (F16 if self.is_flash else F32)

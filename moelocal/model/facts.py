@@ -75,6 +75,13 @@ class LayerFacts:
         return self.always_active_bytes + self.routed_expert_bytes
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """The same for layers that take and cost the same wherever they are put."""
+        tensors = tuple((t.name.split(".", 2)[-1], t.shape, t.ggml_type, t.n_bytes) for t in self.expert_tensors)
+        used = self.n_experts, self.n_experts_used, self.active_expert_bytes
+        return self.always_active_bytes, self.dense_types, tensors, used, self.caches, self.state_bytes
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Cache bytes of one more position in f16, until a window is full; its share of a cell that holds several."""
         return sum((cache.k_elements + cache.v_elements) * _F16_BYTES // cache.ratio for cache in self.caches)
@@ -132,6 +139,12 @@ class ModelFacts:
     def is_moe(self) -> bool:
         """Whether any layer has routed experts."""
         return self.n_experts > 0
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer the number of the first one of its kind: a model of 94 layers has two or three."""
+        first: dict[tuple[object, ...], int] = {}
+        return tuple(first.setdefault(layer.kind, index) for index, layer in enumerate(self.layers))
 
     @property
     def routed_bytes(self) -> int:

@@ -8,14 +8,15 @@ out. Pure.
               in RAM beside a GPU: max(the GPU's time, used experts copied over PCIe)
     load    = bytes / speed of the file, and of repacking
 
-Everything but the misses is a sum over layers: `Costs` computes each layer's share once, for every device it could be
-on, and the planner's search and `predict` add them up.
+Everything but the misses is a sum over layers: `Costs` computes the share of each kind of layer once, for every device
+it could be on, and the planner's search and `predict` add them up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import ne
 from typing import Literal, NamedTuple
 
 from moelocal.machine.defaults import default_speeds
@@ -26,7 +27,7 @@ from moelocal.model.ggml_types import GGML_TYPES
 from moelocal.model.header import TensorInfo
 from moelocal.model.kv import KVType, row_bytes
 from moelocal.plan.llama_flags import offload_min_batch
-from moelocal.plan.memory import CPU, Sizes, placed, ram_left
+from moelocal.plan.memory import CPU, MemoryUse, Sizes, placed, ram_left, tally
 
 LoadMode = Literal["mmap", "none"]
 _PAGEABLE_SHARE = 0.7  # of the PCIe speed, when the source is mapped and not pinned: 36 to 56 % are reported
@@ -45,6 +46,13 @@ class Placement:
     experts: tuple[str, ...]
     output: str
     parts: tuple[tuple[str, str], ...] = ()
+
+    def moved(self) -> dict[int, dict[str, str]]:
+        """`parts` by layer."""
+        layers: dict[int, dict[str, str]] = {}
+        for tensor, device in self.parts:
+            layers.setdefault(int(tensor.split(".", 2)[1]), {})[tensor] = device
+        return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,7 @@ class Seconds(NamedTuple):
 
 ZERO = Seconds(0.0, 0.0, 0.0)
 UNCORRECTED = Correction()
+_Share = tuple[tuple[int, str, tuple[str, ...]], int]  # kind of layer, its home, a device per expert tensor; layers
 
 
 class Work(NamedTuple):
@@ -157,7 +166,8 @@ class Costs:
         self._min_batch = offload_min_batch(facts) or 32
         self._dense: dict[tuple[str, int], Seconds] = {}
         self._expert: dict[tuple[str, str, str], Seconds] = {}
-        self._whole: dict[tuple[int, str, str], Seconds] = {}
+        self._output: dict[str, Seconds] = {}
+        self._layer: dict[tuple[int, str, tuple[str, ...]], Seconds] = {}
         self.hop = Seconds(machine.speeds.hop_s, machine.speeds.hop_s * self._n_batches, 0.0)
 
     def dense(self, name: str, layer: LayerFacts) -> Seconds:
@@ -173,10 +183,13 @@ class Costs:
 
     def output(self, name: str) -> Seconds:
         """The output head and what else a token costs, on a device: computed for one row of a prompt only."""
+        if name in self._output:
+            return self._output[name]
         types = self.facts.output_types or (("F16", self.facts.output_bytes + self.facts.other_bytes),)
         read = self._weights(name, types)
         token_s = self._speeds[name].token_s
-        return Seconds(read.decode + token_s, read.decode + token_s * self._n_batches, read.load)
+        self._output[name] = Seconds(read.decode + token_s, read.decode + token_s * self._n_batches, read.load)
+        return self._output[name]
 
     def expert(self, home: str, where: str, layer: LayerFacts, tensor: TensorInfo) -> Seconds:
         """One tensor of routed experts in `where`, its layer on `home`, hops not included."""
@@ -207,52 +220,59 @@ class Costs:
             saved += tensor.n_bytes * (1 / slow - 1 / fast)
         return saved / layer.routed_expert_bytes * layer.n_experts_used / layer.n_experts
 
-    def total(self, placement: Placement, sizes: Sizes) -> Seconds:
-        """All of it: layers, output, hops, and what has to come from disk again and again."""
-        parts = dict(placement.parts)
-        split = {int(name.split(".", 2)[1]) for name in parts}
+    def total(self, placement: Placement, sizes: Sizes, uses: dict[str, MemoryUse] | None = None) -> Seconds:
+        """All of it: layers, output, hops, and what has to come from disk again and again. `uses`: the memory that the
+        placement takes, if it is known."""
         decode, prefill, load = self.output(placement.output)
-        at, hops = CPU, 0  # a token comes from the embedding, in RAM
-        for layer, home, where in zip(self.facts.layers, placement.layers, placement.experts, strict=True):
-            key = layer.index, home, where
-            if layer.index in split:
-                seconds = self._layer_seconds(layer, home, where, parts)
-            elif key in self._whole:
-                seconds = self._whole[key]
-            else:
-                seconds = self._whole[key] = self._layer_seconds(layer, home, where, {})
-            decode, prefill, load = decode + seconds[0], prefill + seconds[1], load + seconds[2]
-            hops += home != at
-            at = home
-        hops += placement.output != at
+        shares = self._shares(placement, sizes)
+        for (kind, home, targets), n in shares:
+            seconds = self._layer_seconds(kind, home, targets)
+            decode, prefill, load = decode + n * seconds[0], prefill + n * seconds[1], load + n * seconds[2]
+        # a token comes from the embedding, in RAM
+        hops = sum(map(ne, (CPU, *placement.layers), (*placement.layers, placement.output)))
         total = Seconds(decode + self.hop.decode * hops, prefill + self.hop.prefill * hops, load)
-        total = total.plus(self._misses(placement, sizes))
+        uses = uses or placed(self.facts, self.machine, placement, sizes)
+        total = total.plus(self._misses(placement, uses, shares))
         return total if self._correct is None else total.corrected(self._correct(self.work, placement))
 
-    def _layer_seconds(self, layer: LayerFacts, home: str, where: str, parts: dict[str, str]) -> Seconds:
-        """A layer with its experts, and the two hops when some of them are elsewhere."""
-        total, away = self.dense(home, layer), False
-        for tensor in layer.expert_tensors:
-            target = parts.get(tensor.name, where)
-            away = away or target != home
-            total = total.plus(self.expert(home, target, layer, tensor))
-        return total.plus(self.hop).plus(self.hop) if away else total
+    def _shares(self, placement: Placement, sizes: Sizes) -> list[_Share]:
+        """Kinds of layers by home and by the device of each expert tensor, and how many layers are so."""
+        counts, moved = tally(placement, sizes.kinds), placement.moved()
+        shares: list[_Share] = []
+        for index, parts in moved.items():
+            kind, home, where = sizes.kinds[index], placement.layers[index], placement.experts[index]
+            counts[kind, home, where] -= 1
+            names = (tensor.name for tensor in self.facts.layers[index].expert_tensors)
+            shares.append(((kind, home, tuple(parts.get(name, where) for name in names)), 1))
+        for (kind, home, where), n in counts.items():
+            shares.append(((kind, home, (where,) * len(self.facts.layers[kind].expert_tensors)), n))
+        return shares
 
-    def _misses(self, placement: Placement, sizes: Sizes) -> Seconds:
-        uses = placed(self.facts, self.machine, placement, sizes)
+    def _layer_seconds(self, kind: int, home: str, targets: tuple[str, ...]) -> Seconds:
+        """A layer with its experts, and the two hops when some of them are elsewhere."""
+        key = kind, home, targets
+        if key not in self._layer:
+            layer = self.facts.layers[kind]
+            total = self.dense(home, layer)
+            for tensor, target in zip(layer.expert_tensors, targets, strict=True):
+                total = total.plus(self.expert(home, target, layer, tensor))
+            self._layer[key] = total.plus(self.hop).plus(self.hop) if set(targets) - {home} else total
+        return self._layer[key]
+
+    def _misses(self, placement: Placement, uses: dict[str, MemoryUse], shares: list[_Share]) -> Seconds:
         left, weights = ram_left(self.machine, uses), uses[CPU].weights_bytes
         if weights <= left:
             return ZERO
-        parts = dict(placement.parts)
         dense = active = union = experts = 0.0
-        for layer, home, where in zip(self.facts.layers, placement.layers, placement.experts, strict=True):
-            dense += layer.always_active_bytes if home == CPU else 0
-            for tensor in layer.expert_tensors:
-                if parts.get(tensor.name, where) == CPU:
+        for (kind, home, targets), n in shares:
+            layer = self.facts.layers[kind]
+            dense += n * layer.always_active_bytes if home == CPU else 0
+            for tensor, target in zip(layer.expert_tensors, targets, strict=True):
+                if target == CPU:
                     share = min(layer.n_experts_used, tensor.shape[-1]) / tensor.shape[-1]
-                    experts += tensor.n_bytes
-                    active += tensor.n_bytes * share
-                    union += tensor.n_bytes * (1 - (1 - share) ** self._n_at_once)
+                    experts += n * tensor.n_bytes
+                    active += n * tensor.n_bytes * share
+                    union += n * tensor.n_bytes * (1 - (1 - share) ** self._n_at_once)
         dense += self.facts.output_bytes if placement.output == CPU else 0
         missing_dense = max(0.0, min(dense, dense - left))
         miss_rate = 1 - min(1.0, max(0.0, left - dense) / experts) if experts else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,13 +40,14 @@ class MemoryUse:
 class Sizes(NamedTuple):
     """Bytes that a context, its KV type and the ubatch bring: `kv` of each layer, `extra_kv` of caches without a layer,
     `compute` at most on a GPU that computes layers and `ram_compute` in RAM, `stage` more on a GPU that long prompts
-    copy experts to: one tensor at a time."""
+    copy experts to: one tensor at a time. `kinds`: the first layer of each layer's kind."""
 
     kv: tuple[int, ...]
     extra_kv: int
     compute: int
     ram_compute: int
     stage: int
+    kinds: tuple[int, ...]
 
     @classmethod
     def of(cls, facts: ModelFacts, n_ctx: int, kv_type: KVType, n_ubatch: int) -> Sizes:
@@ -55,7 +57,9 @@ class Sizes(NamedTuple):
             BadRequest: this model's cache cannot have that type.
         """
         n_ubatch = min(n_ubatch, n_ctx)
-        kv = tuple(layer.kv_bytes(n_ctx, kv_type, n_ubatch) for layer in facts.layers)
+        kinds = facts.kinds
+        of_kind = {kind: facts.layers[kind].kv_bytes(n_ctx, kv_type, n_ubatch) for kind in set(kinds)}
+        kv = tuple(of_kind[kind] for kind in kinds)
         extra = sum(cache.n_bytes(n_ctx, kv_type, n_ubatch) for cache in facts.extra_caches)
         stage = max((t.n_bytes for layer in facts.layers for t in layer.expert_tensors), default=0)
         n, gpu = len(facts.layers), "GPU"
@@ -65,7 +69,7 @@ class Sizes(NamedTuple):
             places.append(Where((gpu,) * n, (CPU,) * n, gpu))
         found = [graph_bytes(facts, work, where) for where in places]
         compute = max(one.get(gpu, 0) for one in found)
-        return cls(kv, extra, compute, max(one[CPU] for one in found), stage)
+        return cls(kv, extra, compute, max(one[CPU] for one in found), stage, kinds)
 
 
 def graph_bytes(facts: ModelFacts, work: Work, where: Where) -> dict[str, int]:
@@ -78,21 +82,28 @@ def graph_bytes(facts: ModelFacts, work: Work, where: Where) -> dict[str, int]:
     )
 
 
+def tally(placement: Placement, kinds: tuple[int, ...]) -> Counter[tuple[int, str, str]]:
+    """How many layers of a kind have one home and their experts on one device: a few entries, however many layers."""
+    return Counter(zip(kinds, placement.layers, placement.experts, strict=True))
+
+
 def placed(facts: ModelFacts, machine: Machine, placement: Placement, sizes: Sizes) -> dict[str, MemoryUse]:
     """Memory by device name, the CPU's first; all weights are counted, also those that RAM cannot hold."""
     weights, kv = {CPU: facts.embedding_bytes - _tied(facts, placement)}, {CPU: 0}
-    parts = dict(placement.parts)
     staging: set[str] = set()
-    for layer, home, where, cache in zip(facts.layers, placement.layers, placement.experts, sizes.kv, strict=True):
-        weights[home] = weights.get(home, 0) + layer.always_active_bytes
-        kv[home] = kv.get(home, 0) + cache
-        weights[where] = weights.get(where, 0) + layer.routed_expert_bytes
-        for tensor in layer.expert_tensors if parts else ():
-            target = parts.get(tensor.name, where)
-            weights[where] -= tensor.n_bytes
-            weights[target] = weights.get(target, 0) + tensor.n_bytes
+    for (kind, home, where), n in tally(placement, sizes.kinds).items():
+        layer = facts.layers[kind]
+        weights[home] = weights.get(home, 0) + n * layer.always_active_bytes
+        kv[home] = kv.get(home, 0) + n * sizes.kv[kind]
+        weights[where] = weights.get(where, 0) + n * layer.routed_expert_bytes
         if where == CPU != home and layer.routed_expert_bytes:
             staging.add(home)
+    for index, moved in placement.moved().items():
+        where = placement.experts[index]
+        for tensor in facts.layers[index].expert_tensors:
+            target = moved.get(tensor.name, where)
+            weights[where] -= tensor.n_bytes
+            weights[target] = weights.get(target, 0) + tensor.n_bytes
     out = placement.output
     weights[out] = weights.get(out, 0) + facts.output_bytes + facts.other_bytes
     kv[out] = kv.get(out, 0) + sizes.extra_kv

@@ -247,10 +247,9 @@ def _best_placement(costs: Costs, sizes: Sizes, request: PlanRequest, turn: Turn
     for placement in search.candidates():
         if n_away is not None and not set(placement.layers) - {CPU}:
             continue
-        uses = placed(costs.facts, here, placement, sizes)
+        uses, seconds = search.weighed(placement)
         if not _fits(here, uses, copied=work.repack or work.load_mode == "none"):
             continue
-        seconds = costs.total(placement, sizes)
         if best is None or turn.seconds(seconds) < best.turn_s * BETTER:
             setting = Setting(placement, n_ctx, work.kv_type, work.n_ubatch, work.threads, work.repack, work.load_mode)
             best = Trial(setting, uses, seconds, turn.seconds(seconds))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moelocal.model.facts import LayerFacts
 from moelocal.plan.cost import Costs, Placement, Seconds
-from moelocal.plan.memory import CPU, Sizes
+from moelocal.plan.memory import CPU, MemoryUse, Sizes, placed
 
 BETTER = 1 - 1e-7  # of equals the first one counts, whatever the order of a sum does to its last digits
 _FEW = 3
@@ -51,6 +51,18 @@ class Search:
         self._full = [n + layer.routed_expert_bytes for n, layer in zip(self._dense, self._layers, strict=True)]
         self._smallest = min((t.n_bytes for layer in self._layers for t in layer.expert_tensors), default=0)
         self._order: dict[str, list[int]] = {}
+        self._hop = weigh(costs.hop)
+        self._saved: dict[tuple[int, str, str], tuple[float, ...]] = {}
+        self._made: dict[tuple[tuple[tuple[str, int], ...], bool], Placement | None] = {}
+        self._known: dict[Placement, tuple[dict[str, MemoryUse], Seconds]] = {}
+
+    def weighed(self, placement: Placement) -> tuple[dict[str, MemoryUse], Seconds]:
+        """The memory and the seconds of a placement, computed once."""
+        found = self._known.get(placement)
+        if found is None:
+            uses = placed(self._costs.facts, self._costs.machine, placement, self._sizes)
+            found = self._known[placement] = uses, self._costs.total(placement, self._sizes, uses)
+        return found
 
     def candidates(self) -> Iterator[Placement]:
         """Placements worth comparing; the first one uses no GPU."""
@@ -68,10 +80,10 @@ class Search:
             counts = self._most(rooms, self._dense, is_staged=True)
             if len(rooms) == 1:
                 counts = [self._worth(rooms[0], counts[0])]
-            if sum(counts) < n:
-                yield from self._built(rooms, counts)
+            made = [self._built(rooms, counts)] if sum(counts) < n else []
             if self._costs.facts.is_moe and self._n_away is None:
-                yield from self._built(rooms, self._most(rooms, self._full, is_staged=False), is_whole=True)
+                made.append(self._built(rooms, self._most(rooms, self._full, is_staged=False), is_whole=True))
+            yield from filter(None, made)
         if best is not None and len(best[1]) > 1:
             yield self._improved(*best)
 
@@ -89,7 +101,10 @@ class Search:
             starts = [self._balanced(rooms), dense, *(self._one_whole(rooms, index) for index in range(len(rooms)))]
             if comb(len(self._layers) + len(rooms) - 1, len(rooms) - 1) <= _FEW_SPLITS:
                 starts += list(_all_splits(len(self._layers), len(rooms)))
-        yield from ((placement, counts) for counts in starts for placement in self._built(rooms, counts))
+        for counts in starts:
+            placement = self._built(rooms, counts)
+            if placement is not None:
+                yield placement, counts
 
     def _one_whole(self, rooms: tuple[Room, ...], index: int) -> list[int]:
         """Layers per device, if one has only layers with all of their experts and the others share the rest."""
@@ -112,14 +127,14 @@ class Search:
                         trial = [*counts]
                         trial[left] += moved
                         trial[left + 1] -= moved
-                        built = list(self._built(rooms, trial)) if min(trial) >= 0 else []
-                        if not built or self._score(built[0]) >= score * BETTER:
+                        built = self._built(rooms, trial) if min(trial) >= 0 else None
+                        if built is None or self._score(built) >= score * BETTER:
                             break
-                        best, counts, score = built[0], trial, self._score(built[0])
+                        best, counts, score = built, trial, self._score(built)
         return best
 
     def _score(self, placement: Placement) -> float:
-        return self._weigh(self._costs.total(placement, self._sizes))
+        return self._weigh(self.weighed(placement)[1])
 
     def _most(self, rooms: tuple[Room, ...], needs: list[int], is_staged: bool) -> list[int]:
         """How many layers of these bytes each device takes at most, from the last layer back."""
@@ -141,15 +156,21 @@ class Search:
         if self._is_short:
             return most
         best, best_gain, gain = 0, 0.0, 0.0
-        for count, layer in enumerate(reversed(self._layers[len(self._layers) - most :]), 1):
-            gain += self._weigh(self._costs.dense(CPU, layer)) - self._weigh(self._costs.dense(room.name, layer))
-            gain -= 2 * self._weigh(self._costs.hop) if layer.expert_tensors else 0
-            for tensor in layer.expert_tensors:
-                gain += self._weigh(self._costs.expert(CPU, CPU, layer, tensor))
-                gain -= self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
+        saved = {kind: self._saved_away(room, self._layers[kind]) for kind in set(self._sizes.kinds)}
+        for count, kind in enumerate(reversed(self._sizes.kinds[len(self._layers) - most :]), 1):
+            gain += saved[kind]
             if gain > best_gain:
                 best, best_gain = count, gain
         return best
+
+    def _saved_away(self, room: Room, layer: LayerFacts) -> float:
+        """Seconds that a layer saves on a device while its experts stay in RAM."""
+        saved = self._weigh(self._costs.dense(CPU, layer)) - self._weigh(self._costs.dense(room.name, layer))
+        saved -= 2 * self._hop if layer.expert_tensors else 0
+        for tensor in layer.expert_tensors:
+            saved += self._weigh(self._costs.expert(CPU, CPU, layer, tensor))
+            saved -= self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
+        return saved
 
     def _stage(self, room: Room) -> int:
         return room.stage if self._costs.facts.is_moe else 0
@@ -164,14 +185,18 @@ class Search:
             counts.append(round(n * done / max(1, total)) - sum(counts))
         return counts
 
-    def _built(self, rooms: tuple[Room, ...], counts: list[int], is_whole: bool = False) -> Iterator[Placement]:
+    def _built(self, rooms: tuple[Room, ...], counts: list[int], is_whole: bool = False) -> Placement | None:
         """The placement with so many layers per device, if they fit. Experts go there when all layers are on GPUs, or
         when `is_whole`: then the layers that are not stay in RAM with theirs, and nothing is ever copied."""
         used = [(room, count) for room, count in zip(rooms, counts, strict=True) if count]
-        if not used:
-            return
+        key = tuple((room.name, count) for room, count in used), is_whole
+        if key not in self._made:
+            self._made[key] = self._make(used, is_whole) if used else None
+        return self._made[key]
+
+    def _make(self, used: list[tuple[Room, int]], is_whole: bool) -> Placement | None:
         n = len(self._layers)
-        at = n - sum(counts)
+        at = n - sum(count for _, count in used)
         homes, experts = [CPU] * n, [CPU] * n
         parts: list[tuple[str, str]] = []
         fills = at == 0 or is_whole
@@ -183,11 +208,11 @@ class Search:
             left = room.bytes - sum(self._dense[i] for i in indices) - (self._tail if at == n else 0)
             rest = self._fill(room, indices, left, fills, experts, parts) if left >= 0 else -1
             if rest < 0:
-                return
+                return None
             spare[room.name] = rest
         if fills and len(used) > 1 and self._n_away is None:
             self._spill(used[0][0], spare, homes, experts, parts)
-        yield Placement(tuple(homes), tuple(experts), used[-1][0].name, tuple(parts))
+        return Placement(tuple(homes), tuple(experts), used[-1][0].name, tuple(parts))
 
     def _fill(
         self, room: Room, indices: range, left: int, fills: bool, experts: list[str], parts: list[tuple[str, str]]
@@ -225,10 +250,10 @@ class Search:
         parts: list[tuple[str, str]],
     ) -> None:
         """Puts single expert tensors of layers that are not whole where another GPU has bytes to spare."""
-        if max(spare.values()) < self._smallest:
-            return
         done = {tensor for tensor, _ in parts}
         for i in self._ordered(room):
+            if max(spare.values()) < self._smallest:
+                break
             for tensor in self._layers[i].expert_tensors if experts[i] == CPU != homes[i] else ():
                 for name, left in spare.items():
                     if tensor.n_bytes <= left and tensor.name not in done:
@@ -236,17 +261,17 @@ class Search:
                         done.add(tensor.name)
                         spare[name] -= tensor.n_bytes
         for i, (home, where) in enumerate(zip(homes, experts, strict=True)):
-            if where == home != CPU:
-                self._lend(self._layers[i], home, spare, parts)
+            if where == home != CPU and max(spare.values()) >= self._smallest:
+                self._lend(i, home, spare, parts)
 
-    def _lend(self, layer: LayerFacts, home: str, spare: dict[str, int], parts: list[tuple[str, str]]) -> None:
+    def _lend(self, index: int, home: str, spare: dict[str, int], parts: list[tuple[str, str]]) -> None:
         """Moves experts of a slow GPU to a faster one that has bytes to spare, if that is worth two hops a token."""
         for name in spare:
+            if spare[name] < self._smallest:
+                continue
             moved: list[tuple[str, str]] = []
-            gain, left = -2 * self._weigh(self._costs.hop), spare[name]
-            for tensor in layer.expert_tensors:
-                slow = self._weigh(self._costs.expert(home, home, layer, tensor))
-                saved = slow - self._weigh(self._costs.expert(home, name, layer, tensor))
+            gain, left = -2 * self._hop, spare[name]
+            for tensor, saved in zip(self._layers[index].expert_tensors, self._savings(index, home, name), strict=True):
                 if saved > 0 and tensor.n_bytes <= left:
                     moved.append((tensor.name, name))
                     left -= tensor.n_bytes
@@ -256,6 +281,19 @@ class Search:
                 spare[home] += spare[name] - left
                 spare[name] = left
                 return
+
+    def _savings(self, index: int, home: str, name: str) -> tuple[float, ...]:
+        """Seconds that each expert tensor of a layer saves on another device than its home."""
+        kind = self._sizes.kinds[index]
+        key = kind, home, name
+        if key not in self._saved:
+            layer, costs = self._layers[kind], self._costs
+            self._saved[key] = tuple(
+                self._weigh(costs.expert(home, home, layer, tensor))
+                - self._weigh(costs.expert(home, name, layer, tensor))
+                for tensor in layer.expert_tensors
+            )
+        return self._saved[key]
 
     def _part(self, room: Room, layer: LayerFacts, left: int) -> Iterator[tuple[str, str]]:
         """The layer's smallest tensors that fit."""
@@ -272,14 +310,18 @@ class Search:
         The order is that of plain decode, so that it is the same however the rest is chosen.
         """
         if room.name not in self._order:
-            moe = [layer for layer in self._layers if layer.expert_tensors]
-            moe.sort(key=lambda layer: (self._costs.saved_per_byte(room.name, layer), layer.index), reverse=True)
             always = self._n_away is not None or self._is_short
-            self._order[room.name] = [layer.index for layer in moe if always or self._gain(room, layer) > 0]
+            worth: dict[int, float] = {}
+            for kind in set(self._sizes.kinds):
+                layer = self._layers[kind]
+                if layer.expert_tensors and (always or self._gain(room, layer) > 0):
+                    worth[kind] = self._costs.saved_per_byte(room.name, layer)
+            moe = [(worth[kind], index) for index, kind in enumerate(self._sizes.kinds) if kind in worth]
+            self._order[room.name] = [index for _, index in sorted(moe, reverse=True)]
         return self._order[room.name]
 
     def _gain(self, room: Room, layer: LayerFacts) -> float:
-        gain = self._weigh(self._costs.hop) * 2
+        gain = self._hop * 2
         for tensor in layer.expert_tensors:
             gain += self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
             gain -= self._weigh(self._costs.expert(room.name, room.name, layer, tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moelocal.model import compute
 from moelocal.model.compute import Where, Work, compute_bytes
 from moelocal.model.facts import read_facts
 from moelocal.model.header import GGUFHeader, TensorInfo
@@ -44,3 +45,22 @@ def test_shapes_that_make_no_sense_break_nothing() -> None:
     kept = (t if any(n in t.name for n in whole) else f for t, f in zip(header.tensors, flat, strict=True))
     facts = read_facts(GGUFHeader(header.metadata, tuple(kept), 0))
     assert compute_bytes(facts, Work(4096), Where.all_on("CPU", len(facts.layers)))["CPU"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3-235b-a22b", "gpt-oss-20b", "qwen3-next-80b-a3b", "granite-4-h-tiny", "glm-4.5"]
+)
+def test_skipping_layers_that_repeat_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = read_facts(REAL[name]().header)
+    n = len(facts.layers)
+    homes = ("CPU",) * (n // 5) + ("A",) * (n - n // 5 - n // 3) + ("B",) * (n // 3)
+    away = tuple("CPU" if i % 7 < 4 or i > n // 2 else home for i, home in enumerate(homes))
+    places = [
+        Where.all_on("A", n),
+        Where(("A",) * n, ("CPU",) * n, "A"),
+        Where(homes, homes, "B"),
+        Where(homes, away, "B"),
+    ]
+    short = [compute_bytes(facts, Work(n_ctx=4096), where) for where in places]
+    monkeypatch.setattr(compute, "_repeated", lambda *_: 0)
+    assert short == [compute_bytes(facts, Work(n_ctx=4096), where) for where in places]
