@@ -142,9 +142,13 @@ class ModelFacts:
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """For each layer the number of the first one of its kind: a model of 94 layers has two or three."""
+        """For each layer the number of the first one of its kind: a model of 94 layers has three or four. The last
+        layer is a kind of its own: of a prompt, most of it computes the last token only."""
         first: dict[tuple[object, ...], int] = {}
-        return tuple(first.setdefault(layer.kind, index) for index, layer in enumerate(self.layers))
+        graphs = [graph.attention for graph in self.graph.layers] or [None] * len(self.layers)
+        pairs = zip(self.layers[:-1], graphs[:-1], strict=True)
+        kinds = [first.setdefault((layer.kind, graph), index) for index, (layer, graph) in enumerate(pairs)]
+        return (*kinds, len(kinds)) if self.layers else ()
 
     @property
     def routed_bytes(self) -> int:
