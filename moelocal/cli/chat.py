@@ -41,15 +41,32 @@ def chat(
 
     make_sampling(generation, {})  # bad values are told now, not after the load
     guard("The conversation is kept: in the next chat, /load previous")
-    from moelocal.cli.chat_file import last_model, remember_model
+    from moelocal.cli.chat_file import remember_model
     from moelocal.cli.chat_state import Chat
 
-    reference = model or last_model()
+    reference = model or _last_model()
     opened = open_model(reference, placement, verbose, generation.raw, checkpoints=True)
     with opened.session as session:
-        sampling = make_sampling(generation, session.header.metadata)
-        remember_model(reference)
+        sampling = make_sampling(generation, session.header.metadata, session)
+        if model is not None:
+            remember_model(reference)
         chat_loop(Chat(session, opened.prompter, reference, sampling, generation.system, hide_reasoning))
+
+
+def _last_model() -> str:
+    """The model of the last chat; the bundled one where there was none, or where its file is gone."""
+    from moelocal.cli.chat_file import last_model
+    from moelocal.model.store import resolve
+
+    reference = last_model()
+    try:
+        resolve(reference)
+    except MoelocalError:
+        note(f"The last model used, {reference}, is gone: this is the demo. Another one: moelocal chat FILE.gguf")
+        return "demo"
+    if reference != "demo":
+        dim(f"Model: {reference}, the last one used.")
+    return reference
 
 
 def chat_loop(chat: Chat) -> None:
@@ -58,21 +75,20 @@ def chat_loop(chat: Chat) -> None:
     Raises:
         MoelocalError: what failed, when the input is a pipe; at a terminal it is shown and the chat goes on.
     """
-    from moelocal.cli.chat_file import rotate_autosave
-
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     read = _reader(at_terminal)
     if at_terminal:
         dim(f"{chat.model}, {chat.session.n_ctx:,} tokens of context. /help lists the commands, Ctrl-D leaves.")
         if not chat.prompter.has_template and not chat.prompter.raw:
             note("This model has no chat template: it continues your text instead of answering it.")
-    rotate_autosave()
     draft, kept = "", True
     with _ended_by_signals():
         while True:
             try:
                 line, draft = read(draft), ""
                 if not line.strip():
+                    if chat.cancel_edit():
+                        dim("The conversation stays as it was.")
                     continue
                 outcome = _handle(chat, line)
                 if outcome.then == "exit":
@@ -109,6 +125,7 @@ def _handle(chat: Chat, line: str) -> Outcome:
     if not is_command(line):
         chat.ask(line.strip("\r\n"))
         return Outcome(then="answer")
+    chat.cancel_edit()
     outcome = run_command(chat, line)
     if outcome.say:
         dim(outcome.say)
@@ -205,7 +222,7 @@ def _reader(at_terminal: bool) -> Read:
 
 
 def _read_typed(draft: str) -> str:
-    """A line from a terminal that cannot be edited on; an empty one sends the draft."""
+    """A line from a terminal that cannot be edited on; an empty one sends the draft, Ctrl-C drops it."""
     from moelocal.cli.chat_commands import LEAVE_HINT
 
     if draft:
@@ -218,7 +235,9 @@ def _read_typed(draft: str) -> str:
             print(file=sys.stderr)
             raise
         except KeyboardInterrupt:
-            print(f"\n{LEAVE_HINT}", file=sys.stderr)
+            print(file=sys.stderr) if draft else print(f"\n{LEAVE_HINT}", file=sys.stderr)
+            if draft:
+                return ""
 
 
 def _read_piped(draft: str) -> str:
@@ -238,14 +257,15 @@ def _read_piped(draft: str) -> str:
 
 
 def _autosave(chat: Chat, complain: bool) -> bool:
-    """Writes the conversation where the next chat's /load previous finds it. Returns whether that worked."""
+    """Writes the conversation where /load previous of a later chat finds it. Returns whether that worked."""
     from moelocal.cli.chat_commands import snapshot
-    from moelocal.cli.chat_file import AUTOSAVE, chat_path, write_chat
+    from moelocal.cli.chat_file import new_unsaved_path, write_chat
 
     if not chat.messages:
         return True
     try:
-        write_chat(snapshot(chat), chat_path(AUTOSAVE))
+        chat.kept_in = chat.kept_in or new_unsaved_path()
+        write_chat(snapshot(chat), chat.kept_in)
     except MoelocalError as failure:
         if complain:
             error(failure)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from time import strftime
 from typing import Any, Literal
 
-from moelocal.cli.chat_file import AUTOSAVE, PREVIOUS, Saved, chat_path, read_chat, saved_names, write_chat
+from moelocal.cli.chat_file import (
+    Saved,
+    chat_path,
+    is_unsaved_name,
+    read_chat,
+    saved_names,
+    stamp,
+    summary,
+    unsaved_chats,
+    write_chat,
+)
 from moelocal.cli.chat_state import Chat
 from moelocal.engine.sampling import Sampling
 from moelocal.errors import BadRequest, MoelocalError
@@ -23,7 +34,6 @@ _MAX_FILE_BYTES = 4 << 20
 _ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}
 _OFF = ("off", "none", "no", "false")
 _ON = ("on", "yes", "true")
-_SAVED_BY_ITSELF = {AUTOSAVE: "this chat", PREVIOUS: "the chat before this one"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +85,15 @@ def run_command(chat: Chat, line: str) -> Outcome:
 def _help(chat: Chat, argument: str) -> Outcome:
     width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
     lines = [f"{f'{name} {command.argument}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+    names = "A NAME with a / in it is a path; others are kept by moelocal. /save NAME! replaces another conversation."
     keys = "Enter sends, Alt-Enter begins a new line. Ctrl-C stops an answer or clears the line, Ctrl-D leaves."
-    return Outcome("\n".join([*lines, keys]))
+    return Outcome("\n".join([*lines, names, keys]))
 
 
 def _clear(chat: Chat, argument: str) -> Outcome:
+    where = "; /load previous brings the conversation back" if chat.kept_in else ""
     chat.clear()
-    return Outcome("Forgotten. The system message and the settings stay.")
+    return Outcome(f"Begun anew. The system message and the settings stay{where}.")
 
 
 def _regen(chat: Chat, argument: str) -> Outcome:
@@ -94,7 +106,7 @@ def _regen(chat: Chat, argument: str) -> Outcome:
 
 
 def _edit(chat: Chat, argument: str) -> Outcome:
-    draft = chat.drop_turn()
+    draft = chat.edit()
     if draft is None:
         raise BadRequest("There is no message to edit yet.", "Type one.")
     return Outcome("", "prompt", draft)
@@ -123,10 +135,18 @@ def _stats(chat: Chat, argument: str) -> Outcome:
 
 
 def _save(chat: Chat, argument: str) -> Outcome:
-    if argument.lower() in _SAVED_BY_ITSELF:
-        raise BadRequest(f"{argument} is written by every chat anew.", "Another name keeps it: /save trip")
-    path = chat_path(argument or strftime("%Y-%m-%d-%H%M%S"))
+    name = argument.removesuffix("!").rstrip()
+    if is_unsaved_name(name):
+        raise BadRequest(f"{name} is what an earlier chat is called.", "Choose another name: /save trip")
+    path = chat_path(name or strftime("%Y-%m-%d-%H%M%S")).absolute()
+    if stamp(path) not in (None, chat.saved_as) and not argument.endswith("!"):
+        raise BadRequest(f"{path} is there already.", f"To replace it: /save {name}!  Or choose another name.")
     write_chat(snapshot(chat), path)
+    chat.saved_as = stamp(path)
+    if chat.kept_in is not None:
+        with suppress(OSError):
+            chat.kept_in.unlink()
+        chat.kept_in = None
     mask = os.umask(0o077)  # it holds what was said, as the JSON does
     try:
         n_bytes = chat.session.save_state(path.with_suffix(".kv"))
@@ -145,23 +165,38 @@ def snapshot(chat: Chat) -> Saved:
 
 def _load(chat: Chat, argument: str) -> Outcome:
     if not argument:
-        names = [f"{name} ({_SAVED_BY_ITSELF[name]})" if name in _SAVED_BY_ITSELF else name for name in saved_names()]
-        return Outcome(f"Saved conversations: {', '.join(names)}." if names else "Nothing is saved yet: /save NAME")
-    path = chat_path(argument)
+        return Outcome(_stored(chat) or "Nothing is saved yet: /save NAME")
+    unsaved = unsaved_chats(chat.kept_in).get(argument.lower())
+    path = unsaved or chat_path(argument).absolute()
+    now = stamp(path)
     saved = read_chat(path)
     cache = path.with_suffix(".kv")
     restored = chat.session.load_state(cache) if cache.is_file() else 0  # first: it may fail or be interrupted
     chat.clear()
     chat.messages, chat.interrupted = list(saved.messages), set(saved.interrupted)
     chat.system, chat.sampling = saved.system, saved.sampling
+    chat.saved_as = None if unsaved else now
     unanswered = chat.settle()
     turns = "1 turn" if chat.n_turns() == 1 else f"{chat.n_turns()} turns"
-    parts = [f"Loaded {path.stem}: {turns}"]
+    parts = [f"Loaded {argument if unsaved else path.stem}: {turns}"]
     if restored:
         parts.append(f"{restored:,} tokens still computed")
     if saved.model and saved.model != chat.model:
         parts.append(f"begun with {saved.model}")
     return Outcome(", ".join(parts) + ".", "show", unanswered)
+
+
+def _stored(chat: Chat) -> str:
+    """All conversations that /load can load, a line for each."""
+    groups = {
+        "Saved:": {name: chat_path(name) for name in saved_names()},
+        "Not saved, of earlier chats:": unsaved_chats(chat.kept_in),
+    }
+    return "\n".join(
+        "\n  ".join([title, *(summary(name, path) for name, path in stored.items())])
+        for title, stored in groups.items()
+        if stored
+    )
 
 
 def _read(chat: Chat, argument: str) -> Outcome:
@@ -229,9 +264,12 @@ def _set(chat: Chat, argument: str) -> Outcome:
     else:
         parsed = getattr(chat.initial, name) if value.lower() == "default" else _parsed(name, value)
         try:
-            chat.sampling = replace(chat.sampling, **{name: parsed})
+            changed = replace(chat.sampling, **{name: parsed})
         except BadRequest as error:
             raise BadRequest(error.message.removeprefix("--"), "/set shows all values.") from error
+        if name == "grammar":
+            chat.session.check(changed)
+        chat.sampling = changed
     return Outcome(f"{name} {_shown(chat, name)}")
 
 
@@ -290,14 +328,14 @@ def _switch(name: str, value: str) -> bool:
 
 COMMANDS: dict[str, Command] = {
     "/help": Command("", "this list", _help),
-    "/clear": Command("", "forget the conversation", _clear),
+    "/clear": Command("", "begin a new conversation", _clear),
     "/regen": Command("", "answer the last message again", _regen),
-    "/edit": Command("", "take the last message back and change it", _edit),
+    "/edit": Command("", "change the last message and answer it anew", _edit),
     "/system": Command("[TEXT]", "show or set the system message; off removes it", _system),
     "/set": Command("[NAME VALUE]", "show or change temperature, top_k, seed, hide_reasoning ...", _set),
     "/stats": Command("", "context, cache and speeds", _stats),
-    "/save": Command("[NAME]", "keep the conversation, by name or path", _save),
-    "/load": Command("[NAME]", "continue a kept one; previous is the chat before this one", _load),
+    "/save": Command("[NAME]", "keep the conversation under a name", _save),
+    "/load": Command("[NAME]", "continue a kept one; alone it lists them; previous is the chat before this one", _load),
     "/read": Command("FILE", "put a text file into the next message", _read),
     "/exit": Command("", "leave, as Ctrl-D does", _exit),
 }

@@ -1,13 +1,19 @@
-"""Conversations on disk: versioned JSON, written atomically; the KV cache lies beside it under the same name."""
+"""Conversations on disk: versioned JSON, written atomically; the KV cache lies beside it under the same name.
+
+Those with a name lie in the chats folder. Every chat also keeps what has no name yet, each conversation in a file of
+its own: two chats at once never write the same one, and the last ten are there to be loaded.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from time import localtime, strftime, time_ns
 from typing import Any
 
 from moelocal.engine.prompt import Message
@@ -15,7 +21,7 @@ from moelocal.engine.sampling import Sampling
 from moelocal.errors import MoelocalError
 from moelocal.paths import user_home, user_path
 
-AUTOSAVE, PREVIOUS = "last", "previous"  # this chat, and the one before it
+_N_UNSAVED = 10
 _FORMAT, _VERSION = "moelocal-chat", 1
 _MAX_BYTES = 64 << 20
 
@@ -32,7 +38,7 @@ class Saved:
 
 
 def chat_path(name: str) -> Path:
-    """The file of a conversation: a bare name lies in the chats folder, anything else is a path.
+    """The file of a conversation: a name lies in the chats folder; with a slash in it, it is a path.
 
     Raises:
         MoelocalError: not a usable name.
@@ -40,12 +46,11 @@ def chat_path(name: str) -> Path:
     if not name.isprintable() or name.strip(". ") == "":
         raise MoelocalError(f"{name!r} is not a usable name.", "For instance: /save trip, or /save ~/notes/trip.json")
     path = user_path(name)
-    if not path.name:
+    if path.name in ("", "..") or name.endswith("/"):
         raise MoelocalError(f"{name!r} is a folder.", f"Name a file in it: {name.rstrip('/')}/trip.json")
     if path.suffix.lower() != ".json":
         path = path.with_name(path.name + ".json")
-    is_bare = len(Path(name).parts) == 1 and not name.startswith("~")
-    return chats_folder() / path if is_bare and not name.lower().endswith(".json") else path
+    return path if {"/", os.sep} & set(name) or name.startswith("~") else chats_folder() / path
 
 
 def chats_folder() -> Path:
@@ -61,10 +66,46 @@ def saved_names() -> list[str]:
     return []
 
 
-def rotate_autosave() -> None:
-    """Moves what the chat before this one saved out of the way. Where that fails, so does saving, which is told."""
-    with suppress(OSError, MoelocalError):
-        os.replace(chat_path(AUTOSAVE), chat_path(PREVIOUS))
+def unsaved_chats(own: Path | None = None) -> dict[str, Path]:
+    """Conversations without a name of other chats than `own`, newest first: previous, previous-2 and so on."""
+    with suppress(OSError):
+        files = [(path.stat().st_mtime, path) for path in (chats_folder() / "unsaved").glob("*.json") if path != own]
+        newest = sorted(files, reverse=True)
+        return {f"previous-{n}" if n > 1 else "previous": path for n, (_, path) in enumerate(newest, 1)}
+    return {}
+
+
+def is_unsaved_name(name: str) -> bool:
+    """Whether `unsaved_chats` gives such names."""
+    return re.fullmatch(r"previous(-\d+)?", name.lower()) is not None
+
+
+def new_unsaved_path() -> Path:
+    """A file for a conversation without a name; the oldest of the others make room for it."""
+    for path in list(unsaved_chats().values())[_N_UNSAVED:]:
+        with suppress(OSError):
+            path.unlink()
+    return chats_folder() / "unsaved" / f"{strftime('%Y-%m-%d-%H%M%S')}-{time_ns() % 10**9:09}.json"
+
+
+def stamp(path: Path) -> tuple[Path, int] | None:
+    """A file and when it was written, to see whether it is still the same; None if it is not there."""
+    try:
+        return path, path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def summary(name: str, path: Path) -> str:
+    """One line about a stored conversation: name, when, how long, how it began."""
+    try:
+        saved = read_chat(path)
+        when = strftime("%Y-%m-%d %H:%M", localtime(path.stat().st_mtime))
+    except (OSError, MoelocalError):
+        return f"{name:12}  cannot be loaded: /load {name} tells why"
+    questions = [message.content for message in saved.messages if message.role == "user"]
+    turns = "1 turn" if len(questions) == 1 else f"{len(questions)} turns"
+    return f"{name:12}  {when}  {turns:>8}  {' '.join(''.join(questions[:1]).split())[:40]}"
 
 
 def write_chat(saved: Saved, path: Path) -> None:

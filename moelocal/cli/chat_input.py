@@ -19,7 +19,7 @@ from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from moelocal.cli.chat_commands import COMMANDS, LEAVE_HINT, setting_names
-from moelocal.cli.chat_file import saved_names
+from moelocal.cli.chat_file import saved_names, unsaved_chats
 
 if TYPE_CHECKING:
     from prompt_toolkit.input import Input
@@ -45,8 +45,9 @@ class Words(Completer):
             yield from _starting_with(command, list(COMMANDS))
         elif command == "/set" and " " not in argument:
             yield from _starting_with(argument, setting_names())
-        elif command in ("/load", "/save") and not set(argument) & set("/\\~."):
-            yield from _starting_with(argument, saved_names())
+        elif command in ("/load", "/save") and not set(argument) & set("/\\~"):
+            unsaved = list(unsaved_chats()) if command == "/load" else []
+            yield from _starting_with(argument, [*unsaved, *saved_names()])
         elif command in ("/read", "/load", "/save"):
             yield from self._files.get_completions(Document(argument), event)
 
@@ -56,7 +57,8 @@ def _starting_with(word: str, candidates: list[str]) -> Iterable[Completion]:
 
 
 def open_prompt(history: Path, source: Input | None = None, sink: Output | None = None) -> Read:
-    """A function that reads one message; its argument stands in the prompt already, to be edited.
+    """A function that reads one message; its argument stands in the prompt already, to be edited. Ctrl-C makes the
+    message empty.
 
     It raises EOFError at Ctrl-D. `source` and `sink` replace the terminal in tests.
     """
@@ -115,7 +117,7 @@ def _keys() -> KeyBindings:
     @keys.add("c-c")
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
-            event.current_buffer.reset()
+            event.app.exit(result="")
         else:
             run_in_terminal(lambda: print(LEAVE_HINT))
 

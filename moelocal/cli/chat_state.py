@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from moelocal.engine.conversation import Delta, fit, reply
 from moelocal.engine.prompt import Kind, Message, Prompter
@@ -63,6 +64,9 @@ class _Growing:
         return self.complete or any(self.answer) or any(self.reasoning)
 
 
+Turns = tuple[list[Message], set[int]]  # messages, and the indices of interrupted ones in the whole conversation
+
+
 @dataclass(slots=True)
 class Chat:
     """One conversation with one open model. `interrupted` holds the indices of answers that Ctrl-C cut short."""
@@ -78,9 +82,13 @@ class Chat:
     attached: list[str] = field(default_factory=list)
     n_left_out: int = 0
     totals: Totals = field(default_factory=Totals)
+    saved_as: tuple[Path, int] | None = None  # the file that has this conversation under a name, and when written
+    kept_in: Path | None = None  # the file that has what is not under a name yet
     initial: Sampling = field(init=False)
     _typed: str | None = None  # the last message without its files, until it or any other is removed
     _sent: list[str] = field(default_factory=list)  # its files
+    _editing: bool = False  # the next message replaces the last turn
+    _replaced: Turns | None = None  # that turn, until the new one has an answer
     _growing: _Growing | None = None
     _n_regens: int = 0
 
@@ -88,7 +96,8 @@ class Chat:
         self.initial = self.sampling
 
     def ask(self, text: str) -> None:
-        """Adds a message of the user, after the files attached to it."""
+        """Adds a message of the user, after the files attached to it. After `edit` it replaces the last turn."""
+        self._replaced, self._editing = self._drop_turn() if self._editing else None, False
         self._typed, self._sent, self.attached = text, self.attached, []
         self.messages.append(Message("user", "\n\n".join([*self._sent, text])))
         self._n_regens = 0
@@ -128,12 +137,17 @@ class Chat:
 
     def settle(self) -> str:
         """Makes the conversation whole, wherever Ctrl-C or an error struck: what was generated is in it, a message
-        without any answer is not. Returns that message as it was typed; its files wait for the next one."""
+        without any answer is not, the turn that it was to replace is. Returns that message as it was typed; its files
+        wait for the next one."""
         self._keep()
         if not self.messages or self.messages[-1].role != "user":
             return ""
         content, typed, sent = self.messages[-1].content, self._typed, self._sent
         self._truncate(len(self.messages) - 1)
+        if self._replaced is not None:
+            self.messages += self._replaced[0]
+            self.interrupted |= self._replaced[1]
+            self._replaced, self._editing = None, True
         if typed is None:
             return content
         self.attached = [*sent, *self.attached]
@@ -144,19 +158,22 @@ class Chat:
         self._n_regens += 1
         return bool(self.messages)
 
-    def drop_turn(self) -> str | None:
-        """Removes the last turn and returns its message; None when there is none."""
-        for at in range(len(self.messages) - 1, -1, -1):
-            if self.messages[at].role == "user":
-                content = self.messages[at].content
-                self._truncate(at)
-                return content
-        return None
+    def edit(self) -> str | None:
+        """The last message, which the next one replaces together with its answer; None when there is none."""
+        self._editing = bool(self.messages)
+        return self.messages[self._last_question()].content if self.messages else None
+
+    def cancel_edit(self) -> bool:
+        """The next message replaces nothing. False when it would not have."""
+        was, self._editing = self._editing, False
+        return was
 
     def clear(self) -> None:
         """Begins anew; system message and settings stay."""
         self._truncate(0)
         self.attached = []
+        self.saved_as = self.kept_in = None
+        self._editing = False
 
     def n_turns(self) -> int:
         """Messages of the user."""
@@ -170,7 +187,17 @@ class Chat:
             message = Message("assistant", "".join(growing.answer), "".join(growing.reasoning))
             self.interrupted = {one for one in self.interrupted if one < at} | (set() if growing.complete else {at})
             self.messages[at:] = [message]
+            self._replaced = None
         self._growing = None
+
+    def _last_question(self) -> int:
+        return max(at for at, message in enumerate(self.messages) if message.role == "user")
+
+    def _drop_turn(self) -> Turns:
+        at = self._last_question()
+        turn = self.messages[at:], {one for one in self.interrupted if one >= at}
+        self._truncate(at)
+        return turn
 
     def _truncate(self, n: int) -> None:
         self._typed, self._sent = None, []

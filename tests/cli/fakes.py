@@ -11,7 +11,7 @@ from moelocal.cli.chat_state import Chat
 from moelocal.engine.prompt import Kind, Message
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.timings import Chunk, Timings
-from moelocal.errors import ContextFull
+from moelocal.errors import BadRequest, ContextFull
 
 Script = Sequence[str | BaseException]
 
@@ -36,6 +36,10 @@ class FakeSession:
                 self._words.append(word)
             tokens.append(self._words.index(word))
         return tokens
+
+    def check(self, sampling: Sampling) -> None:
+        if sampling.grammar == "bad":
+            raise BadRequest("The grammar cannot be parsed.", "Write it otherwise.")
 
     def leading_control(self, text: str) -> list[int]:
         return []

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -71,8 +72,7 @@ def test_an_interrupted_answer_stays_and_the_chat_goes_on() -> None:
     assert contents(chat) == ["Tell me", "Half an"] and chat.interrupted == {1}
     turn(chat, "Go on")
     assert contents(chat)[-1] == "Whole." and chat.interrupted == {1}
-    chat.drop_turn()
-    chat.drop_turn()
+    chat.clear()
     assert chat.interrupted == set()
 
 
@@ -156,13 +156,46 @@ def test_a_message_that_was_not_typed_just_now_comes_back_as_it_is() -> None:
 # -- commands
 
 
-def test_edit_takes_the_last_turn_back() -> None:
-    chat, _ = make_chat(["one"], ["two"])
+def test_edit_replaces_the_last_turn_by_the_next_message() -> None:
+    chat, session = make_chat(["one"], ["two"], ["three"], ["four"])
     turn(chat, "first")
     turn(chat, "second\nline")
     outcome = run_command(chat, "/edit")
     assert (outcome.then, outcome.draft) == ("prompt", "second\nline")
-    assert contents(chat) == ["first", "one"]
+    assert contents(chat) == ["first", "one", "second\nline", "two"]
+    turn(chat, "other")
+    assert contents(chat) == ["first", "one", "other", "three"]
+    assert session.prompts[-1] == "user: first assistant: one user: other"
+    turn(chat, "more")
+    assert contents(chat)[-3:] == ["three", "more", "four"]
+
+
+def test_an_edit_without_an_answer_changes_nothing() -> None:
+    chat, _ = make_chat(["one"], ["Half", KeyboardInterrupt()], [KeyboardInterrupt()], ["three"])
+    turn(chat, "first")
+    turn(chat, "second")
+    before = snapshot(chat)
+    run_command(chat, "/edit")
+    assert turn(chat, "other").empty
+    assert chat.settle() == "other" and snapshot(chat) == before and chat.interrupted == {3}
+    turn(chat, "another")
+    assert contents(chat) == ["first", "one", "another", "three"] and chat.interrupted == set()
+
+
+@pytest.mark.parametrize("keys", ["\x03", "/stats\n"])
+def test_an_edit_given_up_leaves_the_conversation_as_it_was(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, _ = make_chat(["one"], ["two"])
+    lines = iter(["first", "/edit", "" if keys == "\x03" else "/stats", "second"])
+
+    def read(draft: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(chat_module, "_reader", lambda at_terminal: read)
+    chat_loop(chat)
+    assert contents(chat) == ["first", "one", "second", "two"]
 
 
 @pytest.mark.parametrize("command", ["/regen", "/edit"])
@@ -241,8 +274,8 @@ def test_set_shows_everything_and_hides_reasoning() -> None:
         ("/set grammar ~nosuchuser/x", "'~nosuchuser/x' cannot be a path: the home folder ~nosuchuser is unknown."),
         ("/read a\0b", r"'a\x00b' cannot be a path: it contains a NUL character."),
         ("/set grammar a\0b", r"'a\x00b' cannot be a path: it contains a NUL character."),
-        ("/save last", "last is written by every chat anew."),
-        ("/save previous", "previous is written by every chat anew."),
+        ("/save previous", "previous is what an earlier chat is called."),
+        ("/save Previous-3!", "Previous-3 is what an earlier chat is called."),
     ],
 )
 def test_mistakes_are_told_and_change_nothing(line: str, message: str) -> None:
@@ -251,6 +284,14 @@ def test_mistakes_are_told_and_change_nothing(line: str, message: str) -> None:
         run_command(chat, line)
     assert caught.value.message == message and caught.value.hint
     assert chat.sampling == Sampling()
+
+
+def test_a_grammar_that_cannot_be_parsed_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "g").write_text("bad")
+    chat, _ = make_chat()
+    with pytest.raises(BadRequest, match="cannot be parsed"):
+        run_command(chat, f"/set grammar {tmp_path}/g")
+    assert chat.sampling.grammar == ""
 
 
 def test_messages_that_only_look_like_commands() -> None:
@@ -322,7 +363,10 @@ def test_saved_and_loaded_again(home: Path) -> None:
     assert other.messages[1].reasoning == "hm" and other.interrupted == {3}
     assert (other.system, other.sampling.seed) == ("S", 5)
     assert other_session.cached == session.cached
-    assert "trip" in run_command(other, "/load").say
+    listed = run_command(other, "/load").say.split("\n")
+    assert listed[0] == "Saved:" and re.fullmatch(r"  trip +\d{4}-\d\d-\d\d \d\d:\d\d   2 turns  one two", listed[1])
+    (home / "chats/bad.json").write_text("{")
+    assert "  bad           cannot be loaded: /load bad tells why" in run_command(other, "/load").say.split("\n")
 
 
 def test_a_path_is_taken_as_such(tmp_path: Path) -> None:
@@ -333,12 +377,40 @@ def test_a_path_is_taken_as_such(tmp_path: Path) -> None:
     assert run_command(chat, f"/load {tmp_path}/deep/notes.json").then == "show"
 
 
+def test_save_does_not_replace_another_conversation(home: Path) -> None:
+    chat, _ = make_chat(["one"], ["two"])
+    turn(chat, "first")
+    run_command(chat, "/save trip")
+    turn(chat, "more")
+    run_command(chat, "/save trip.json")
+    assert len(chat_file.read_chat(home / "chats/trip.json").messages) == 4
+
+    other, _ = make_chat(["three"], ["four"])
+    turn(other, "other")
+    with pytest.raises(BadRequest, match=r"trip\.json is there already") as caught:
+        run_command(other, "/save trip")
+    assert "/save trip!" in caught.value.hint
+    run_command(other, "/load trip")
+    run_command(other, "/save trip")
+    os.utime(home / "chats/trip.json", (1, 1))  # as if written by a third chat
+    with pytest.raises(BadRequest):
+        run_command(other, "/save trip")
+    run_command(other, "/save trip!")
+    run_command(other, "/clear")
+    turn(other, "anew")
+    with pytest.raises(BadRequest):
+        run_command(other, "/save trip")
+    run_command(other, "/save trip!")
+    assert len(chat_file.read_chat(home / "chats/trip.json").messages) == 2
+
+
 @pytest.mark.parametrize("name", ["..", "a\x1bb", "a\0b", " . "])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(MoelocalError, match="not a usable name"):
         chat_file.chat_path(name)
-    with pytest.raises(MoelocalError, match="'/' is a folder"):
-        chat_file.chat_path("/")
+    for folder in ("/", "trip/", "../.."):
+        with pytest.raises(MoelocalError, match=f"'{folder}' is a folder"):
+            chat_file.chat_path(folder)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no permission bits here")
@@ -485,6 +557,19 @@ def test_the_last_model_is_remembered(home: Path, tmp_path: Path, monkeypatch: p
     assert chat_file.last_model() == "demo"
 
 
+def test_the_last_model_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (chat_module._last_model(), capsys.readouterr().err) == ("demo", "")
+    (tmp_path / "some.gguf").touch()
+    chat_file.remember_model(str(tmp_path / "some.gguf"))
+    assert chat_module._last_model() == str(tmp_path / "some.gguf")
+    assert capsys.readouterr().err == f"Model: {tmp_path}/some.gguf, the last one used.\n"
+    (tmp_path / "some.gguf").unlink()
+    assert chat_module._last_model() == "demo"
+    assert f"{tmp_path}/some.gguf, is gone" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
 def test_a_model_whose_name_is_not_utf8_is_remembered(home: Path, tmp_path: Path) -> None:
     file = os.fsencode(tmp_path) + b"/caf\xe9.gguf"
@@ -542,9 +627,8 @@ def test_each_line_is_a_message(
         "hm",
         "prefill 3 tokens (3 cached) 30.0/s, decode 4 tokens 6.0/s, first token 0.2 s",
     ]
-    saved = chat_file.read_chat(home / "chats/last.json")
-    assert [message.content for message in saved.messages] == ["one", "**A**", "two", "B"]
-    assert not list((home / "chats").glob("*.kv"))
+    assert kept(home) == [["one", "**A**", "two", "B"]]
+    assert not list((home / "chats").rglob("*.kv"))
 
 
 def test_why_an_answer_ended_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -622,7 +706,7 @@ def test_regen_interrupted_keeps_the_old_answer(
     on_terminal(monkeypatch, chat, "Say\n/regen\n\x04")
     assert contents(chat) == ["Say", "old"]
     assert "Interrupted before the answer began; the one before it stays." in capsys.readouterr().err
-    assert len(chat_file.read_chat(home / "chats/last.json").messages) == 2
+    assert kept(home) == [["Say", "old"]]
 
 
 def test_a_terminal_without_cursor_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -643,7 +727,8 @@ def test_input_that_is_not_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_ends_a_piped_chat_with_the_partial_answer_kept(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         piped(monkeypatch, "hi\nmore\n", ["Half", KeyboardInterrupt()])
-    assert chat_file.read_chat(home / "chats/last.json").interrupted == {1}
+    [file] = chat_file.unsaved_chats().values()
+    assert chat_file.read_chat(file).interrupted == {1}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
@@ -662,7 +747,7 @@ def test_a_vanished_terminal_keeps_the_conversation(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit) as ended:
         chat_loop(chat)
     assert ended.value.code == 128 + signal.SIGHUP
-    assert [message.content for message in chat_file.read_chat(home / "chats/last.json").messages] == ["hi", "Half"]
+    assert kept(home) == [["hi", "Half"]]
     assert signal.getsignal(signal.SIGHUP) is before
 
 
@@ -670,23 +755,56 @@ def test_a_failed_first_message_does_not_overwrite_the_last_chat(monkeypatch: py
     piped(monkeypatch, "hi\n", ["ok"])
     with pytest.raises(ContextFull):
         piped(monkeypatch, "word " * 300 + "\n", n_ctx=100)
-    assert len(chat_file.read_chat(home / "chats/previous.json").messages) == 2
     piped(monkeypatch, "/exit\n")
-    assert len(chat_file.read_chat(home / "chats/previous.json").messages) == 2
+    assert kept(home) == [["hi", "ok"]]
 
 
-def test_the_chat_before_this_one_is_kept(
+def kept(home: Path) -> list[list[str]]:
+    """The conversations that have no name, newest first."""
+    files = chat_file.unsaved_chats().values()
+    assert all(file.parent == home / "chats/unsaved" for file in files)
+    return [[message.content for message in chat_file.read_chat(file).messages] for file in files]
+
+
+def test_the_chats_before_this_one_are_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
-    piped(monkeypatch, "first\n", ["ok"])
-    chat = piped(monkeypatch, "second\n/load\n/load previous\n", ["ok"])
-    assert contents(chat) == ["first", "ok"]
-    assert chat_file.read_chat(home / "chats/last.json").messages[0].content == "second"
-    said = capsys.readouterr().err
-    assert "last (this chat)" in said and "previous (the chat before this one)" in said
+    for n in range(12):
+        piped(monkeypatch, f"number {n}\n", ["ok"])
+        os.utime(next(iter(chat_file.unsaved_chats().values())), (n, n))
+    chat = piped(monkeypatch, "mine\n/load\n/load previous-2\n", ["ok"])
+    assert contents(chat) == ["number 10", "ok"] and chat.saved_as is None
+    assert [messages[0] for messages in kept(home)] == ["mine", *(f"number {n}" for n in range(11, 1, -1))]
+    said = capsys.readouterr().err.split("\n")
+    at = said.index("Not saved, of earlier chats:")
+    assert said[at + 1].startswith("  previous      ") and said[at + 1].endswith("   1 turn  number 11")
+    assert said[at + 10].startswith("  previous-10   ")
+    assert "Loaded previous-2: 1 turn." in said
     assert "previous is the chat before this one" in run_command(chat, "/help").say
-    completed = Words().get_completions(Document("/load p"), CompleteEvent())
-    assert [one.text for one in completed] == ["previous"]
+    completed = Words().get_completions(Document("/load previous-1"), CompleteEvent())
+    assert [one.text for one in completed] == ["previous-10", "previous-11"]
+
+
+def test_two_chats_at_once_keep_their_turns(home: Path) -> None:
+    one, _ = make_chat(["A"], ["B"])
+    two, _ = make_chat(["C"])
+    for chat, text in ((one, "first"), (two, "other"), (one, "second")):
+        turn(chat, text)
+        chat_module._autosave(chat, complain=True)
+    assert sorted(kept(home)) == [["first", "A", "second", "B"], ["other", "C"]]
+
+
+def test_a_conversation_left_for_another_is_kept_until_it_has_a_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    piped(monkeypatch, "one\n/clear\ntwo\n", ["A"], ["B"])
+    assert sorted(kept(home)) == [["one", "A"], ["two", "B"]]
+    assert "/load previous brings the conversation back" in capsys.readouterr().err
+    chat = piped(monkeypatch, "three\n/save trip\n", ["C"])
+    assert len(kept(home)) == 2 and contents(chat) == ["three", "C"]
+    piped(monkeypatch, "/load trip\nfour\n", ["D"])
+    assert ["three", "C", "four", "D"] in kept(home)
+    assert len(chat_file.read_chat(home / "chats/trip.json").messages) == 2
 
 
 def test_an_autosave_that_fails_is_told_once(
@@ -713,7 +831,7 @@ def typed(keys: str, history: Path, draft: str = "") -> str:
         ("hello\r", "hello"),
         ("one\x1b\rtwo\r", "one\ntwo"),
         ("\x1b[200~first\r\n  second\rthird\x1b[201~\r", "first\n  second\nthird"),
-        ("mistake\x03right\r", "right"),
+        ("mistake\x03", ""),
         ("\x03still here\r", "still here"),
         ("/sta\t\r", "/stats"),
         ("/set temp\t 1\r", "/set temperature 1"),
