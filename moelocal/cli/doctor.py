@@ -27,7 +27,9 @@ def doctor(
     devices = llama.devices()
     engine = Engine(llama.version(), llama.backends(), llama.system_info(), llama.supports_rpc())
     if probe:
-        _measure(detect(devices, engine.version), engine.version)
+        from moelocal.cli.measuring import measure
+
+        measure(detect(devices, engine.version), engine.version)
     machine = detect(devices, engine.version, whole=True)
     problems = find_problems(machine, engine)
     if as_json:
@@ -37,29 +39,6 @@ def doctor(
     from moelocal.plan.verdict import give_verdict
 
     show(sys.stdout, machine, engine, problems, give_verdict(machine))
-
-
-def _measure(machine: Machine, version: str) -> None:
-    """Measures the machine, with a progress bar, and keeps what it found."""
-    from moelocal.cli import messages
-    from moelocal.cli.opening import LoadingBar
-    from moelocal.errors import MoelocalError
-    from moelocal.machine.hardware import identity
-    from moelocal.machine.speeds import speeds_file, store_speeds
-    from moelocal.measure import probe
-
-    notes: list[str] = []
-    with LoadingBar("Measuring this machine") as bar:
-        speeds = probe.probe(machine, bar.update, notes.append)
-    for sentence in notes:
-        messages.note(sentence)
-    try:
-        store_speeds(identity(machine.cpu, machine.devices, version), speeds)
-    except OSError as error:
-        raise MoelocalError(
-            f"The speeds cannot be kept in {speeds_file()}: {error.strerror}.",
-            "Make room there, or choose another folder with MOELOCAL_HOME.",
-        ) from error
 
 
 def as_document(machine: Machine, engine: Engine, problems: tuple[Problem, ...]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _DENSE_SHARE, _EXPERT_SHARE, _CPU_SHARE, _REPACKED_SHARE = (
 _GPU_PREFILL_DENSE, _GPU_PREFILL_EXPERT, _METAL_PREFILL = 60.0, 25.0, 13.0  # weights x tokens per byte of bandwidth
 _CPU_CORE_DECODE, _CPU_CORE_DECODE_SLOW = 10e9, 4e9  # bytes/s of one core; types that look values up are slow
 _CPU_CORE_PREFILL = 60e9
+_CPU_CORE_DECODE_MACS, _CPU_CORE_PREFILL_MACS = 5e9, 10e9  # of attention
 _REPACK_GAIN = 1.35  # one reading each on two cores with AVX-512 gave 1.32 and 1.34
 _REPACKED = {"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"}
 _PLAIN = {"F32", "F16", "BF16", "Q8_0"}
@@ -77,4 +78,6 @@ def _cpu_speeds(cpu: Cpu, bandwidth: float) -> DeviceSpeeds:
         if kind in _REPACKED:
             decode = min(bandwidth * _REPACKED_SHARE, core * cpu.cores * _REPACK_GAIN)
             rates[kind, True] = TypeSpeed(decode, prefill)
-    return DeviceSpeeds(rates, rates, 30e-6, 200e-6)
+    return DeviceSpeeds(
+        rates, rates, 30e-6, 200e-6, _CPU_CORE_DECODE_MACS * cpu.cores, _CPU_CORE_PREFILL_MACS * cpu.cores
+    )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelocal.paths import user_home
 
-_VERSION = 1
+_VERSION = 2
 _KEPT = 8  # identities; the oldest go
 _REPACKED = "+repack"
 _MAX_BYTES = 4 << 20
@@ -34,12 +35,15 @@ class TypeSpeed(NamedTuple):
 
 class DeviceSpeeds(NamedTuple):
     """One device. Keys of `dense` and `expert` are (ggml type name, repacked); seconds that a layer and a token cost
-    beside the weights; `measured` is False for defaults."""
+    beside the weights; multiplications of attention per second, one query at a time or a prompt's; `measured` is False
+    for defaults."""
 
     dense: dict[tuple[str, bool], TypeSpeed]
     expert: dict[tuple[str, bool], TypeSpeed]
     layer_s: float
     token_s: float
+    decode_macs_per_s: float = 1e13
+    prefill_macs_per_s: float = 1e13
     measured: bool = False
 
     @property
@@ -75,12 +79,27 @@ def store_speeds(identity: str, speeds: Speeds) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
+    _store(identity, _encoded(speeds))
+
+
+def skip_speeds(identity: str) -> None:
+    """Remembers that this machine was not to be measured; without a word if that cannot be kept."""
+    with suppress(OSError):
+        _store(identity, {})
+
+
+def is_known(identity: str) -> bool:
+    """Whether the machine was measured, or was not to be."""
+    return identity in _stored()
+
+
+def _store(identity: str, entry: dict[str, Any]) -> None:
     import tempfile
 
     machines = {key: value for key, value in _stored().items() if key != identity}
     for oldest in list(machines)[: max(0, len(machines) - _KEPT + 1)]:
         del machines[oldest]
-    machines[identity] = _encoded(speeds)
+    machines[identity] = entry
     text = json.dumps({"version": _VERSION, "machines": machines}, indent=1, allow_nan=False)
     path = speeds_file()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +148,8 @@ def _encoded_device(device: DeviceSpeeds) -> dict[str, Any]:
         "expert": table(device.expert),
         "layer_s": device.layer_s,
         "token_s": device.token_s,
+        "decode_macs_per_s": device.decode_macs_per_s,
+        "prefill_macs_per_s": device.prefill_macs_per_s,
         "measured": device.measured,
     }
 
@@ -151,6 +172,8 @@ def _decoded_device(stored: dict[str, Any]) -> DeviceSpeeds:
         expert=table(stored["expert"]),
         layer_s=_amount(stored["layer_s"], zero=True),
         token_s=_amount(stored["token_s"], zero=True),
+        decode_macs_per_s=_amount(stored["decode_macs_per_s"]),
+        prefill_macs_per_s=_amount(stored["prefill_macs_per_s"]),
         measured=stored["measured"] is True,
     )
 

@@ -32,23 +32,24 @@ from moelocal.measure.probe_model import (
     N_EMBD,
     N_VOCAB,
     ProbeModel,
+    attention_model,
     base_model,
     probe_model,
     type_bytes,
     write_probe_model,
 )
-from moelocal.measure.readings import SHORT_PROMPT, Reading, Where, read_speed
+from moelocal.measure.readings import SHORT_PROMPT, Reading, Where, read_attention, read_speed
 from moelocal.units import format_bytes
 
 TYPES = (
-    "Q4_K", "Q6_K", "Q8_0", "MXFP4", "Q5_K", "Q4_0", "IQ4_XS", "F16", "IQ3_S", "Q3_K", "Q2_K", "IQ4_NL", "Q5_0",
+    "Q4_K", "Q6_K", "Q8_0", "Q5_K", "MXFP4", "F16", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ4_NL", "Q5_0",
     "IQ2_XS", "BF16",
 )  # fmt: skip
+_DENSE_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of the others, experts only: dense weights differ from them alike
 BUDGET_S = 45.0  # then one more reading may still be running
 _SPACE_BYTES = 400 << 20
 _BASE_DEPTHS = (3, 8)
 _LEAST_SHARE = 0.2  # of a reading that can be the weights': noise may make the rest look longer than it is
-_BUSY_SPREAD = 1.5
 _CPU = "CPU"
 
 
@@ -72,6 +73,7 @@ class _Found:
     decode: dict[bool, Line] = field(default_factory=dict)  # by expert or not
     prefill: dict[tuple[bool, int], Line] = field(default_factory=dict)
     base_load_s: float = 0.0
+    macs_per_s: tuple[float, float] = (0.0, 0.0)  # of attention: decode, prefill
     tables: dict[bool, dict[tuple[str, bool], TypeSpeed]] = field(default_factory=lambda: {False: {}, True: {}})
 
 
@@ -143,7 +145,6 @@ class _Probe:
         self._speeds = Speeds()
         self._loads: dict[str, list[float]] = {"load_bytes_per_s": [], "repack_bytes_per_s": [], "copy_bytes_per_s": []}
         self._hops: list[float] = []
-        self._spreads: list[float] = []
 
     def run(self, types: Sequence[str], file_bytes: int) -> Speeds:
         """Everything, in the order of importance."""
@@ -152,16 +153,14 @@ class _Probe:
         self._read_disk()
         for i, kind in enumerate(types):
             try:
-                for by_expert in (True, False):
+                for by_expert in (True, False) if kind in _DENSE_TYPES else (True,):
                     self._read_type(probe_model(kind, by_expert, file_bytes))
-                    self._tell((i + 0.5 + 0.5 * (not by_expert)) / len(types))
+                self._tell((i + 1) / len(types))
             except _Late:
                 late = ", ".join(name for name in types if name not in done)
                 self._note(f"The time was up before these types were measured: {late}. Their speeds are estimates.")
                 break
             done.append(kind)
-        if self._spreads and median(self._spreads) > _BUSY_SPREAD:
-            self._note("Other programs kept the machine busy: measure again when it is quiet.")
         devices = {found.device.name: self._device_speeds(found) for found in self._found if found.decode}
         loads = {name: median(values) for name, values in self._loads.items() if values}
         hop_s = median(self._hops) if self._hops else self._speeds.hop_s
@@ -212,6 +211,10 @@ class _Probe:
                 for n in few.prefill_s.keys() & many.prefill_s.keys():
                     found.prefill[by_expert, n] = _line(few.prefill_s[n], many.prefill_s[n], n_idle=1)
         self._found = [found for found in self._found if found not in failed]
+        for found in self._found:
+            model = attention_model()
+            found.macs_per_s = read_attention(self._path(model), model, self._where(found.device))
+            self._tell(0.0)
 
     def _read_base(self, found: _Found, model: ProbeModel) -> Reading:
         prompts = (128,) if found.device.name == _CPU else (128, 512)
@@ -245,7 +248,6 @@ class _Probe:
                 if reading.decode_s:
                     found.tables[model.by_expert][model.kind, repack] = _speed(found, model, reading)
                     self._keep_load(found, model, reading)
-                    self._spreads.append(reading.spread)
                 self._tell(0.0)
 
     def _keep_load(self, found: _Found, model: ProbeModel, reading: Reading) -> None:
@@ -259,7 +261,8 @@ class _Probe:
     def _device_speeds(self, found: _Found) -> DeviceSpeeds:
         """Measured types; for the others the usual speeds, scaled alike."""
         usual = default_speeds(found.device, self._machine.cpu)
-        tables = {by_expert: table or found.tables[not by_expert] for by_expert, table in found.tables.items()}
+        experts, dense = found.tables[True], found.tables[False]
+        tables = {True: experts or dense, False: _completed(dense, experts)}
         bandwidth = max(
             (speed.decode_bytes_per_s for speed in tables[False].values()), default=usual.bandwidth_bytes_per_s
         )
@@ -270,6 +273,8 @@ class _Probe:
             expert=_completed(tables[True], usual.expert),
             layer_s=max(_LEAST_SHARE * line.layer_s, line.layer_s - read_s),
             token_s=max(_LEAST_SHARE * line.fixed_s, line.fixed_s - type_bytes("Q8_0", N_EMBD * N_VOCAB) / bandwidth),
+            decode_macs_per_s=found.macs_per_s[0],
+            prefill_macs_per_s=found.macs_per_s[1],
             measured=bool(found.tables[True] or found.tables[False]),
         )
 

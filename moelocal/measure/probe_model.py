@@ -21,7 +21,6 @@ DENSE_WIDTH, EXPERT_WIDTH, BASE_WIDTH = 4096, 512, 32
 N_EXPERTS, N_USED = 32, 8
 FILE_BYTES = 160 << 20  # of the largest model: many times a CPU's caches
 
-_HEADS, _HEAD_DIM = 4, 64
 _MIN_LAYERS, _MAX_LAYERS = 3, 8
 _POOL_BYTES = 2 << 20
 _NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
@@ -47,6 +46,14 @@ class ProbeModel:
     width: int
     n_experts: int = N_EXPERTS
     n_used: int = N_USED
+    n_head: int = 4
+    n_head_kv: int = 1
+    head_dim: int = 64
+
+    @property
+    def attention_macs(self) -> int:
+        """Multiplications of one token's queries with one position of the cache, in all layers."""
+        return 2 * self.n_layers * self.n_head * self.head_dim
 
     @property
     def weights_per_layer(self) -> int:
@@ -86,6 +93,11 @@ def base_model(by_expert: bool, n_layers: int) -> ProbeModel:
     One expert is used: what others cost by their number of rows, however short, belongs to their speed.
     """
     return ProbeModel("Q8_0", by_expert, n_layers, BASE_WIDTH, 4, 1)
+
+
+def attention_model() -> ProbeModel:
+    """Hardly any weights but many heads: the deeper the cache, the longer it takes, and only attention makes it so."""
+    return ProbeModel("Q8_0", False, _MIN_LAYERS, BASE_WIDTH, n_head=16, n_head_kv=2, head_dim=128)
 
 
 def random_blocks(kind: str, n_bytes: int, seed: int = 0) -> bytes:
@@ -150,7 +162,7 @@ def _fill(out: BinaryIO, pool: memoryview, n_bytes: int) -> None:
 
 def _tensors(model: ProbeModel) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape (row length first) and type of every tensor."""
-    q, kv = _HEADS * _HEAD_DIM, _HEAD_DIM
+    q, kv = model.n_head * model.head_dim, model.n_head_kv * model.head_dim
     found: list[tuple[str, tuple[int, ...], str]] = [
         ("token_embd.weight", (N_EMBD, N_VOCAB), "F16"),
         ("output_norm.weight", (N_EMBD,), "F32"),
@@ -167,7 +179,7 @@ def _tensors(model: ProbeModel) -> list[tuple[str, tuple[int, ...], str]]:
         ]
         experts: tuple[int, ...] = (model.n_experts,) if model.by_expert else ()
         if model.by_expert:
-            layer += [(f"attn_{name}_norm", (_HEAD_DIM,), "F32") for name in "qk"]
+            layer += [(f"attn_{name}_norm", (model.head_dim,), "F32") for name in "qk"]
             layer.append(("ffn_gate_inp", (N_EMBD, model.n_experts), "F32"))
         suffix = "_exps" if model.by_expert else ""
         layer += [(f"ffn_{name}{suffix}", (N_EMBD, model.width, *experts), model.kind) for name in ("gate", "up")]
@@ -184,11 +196,11 @@ def _add_metadata(writer: object, model: ProbeModel) -> None:
     writer.add_context_length(4096)
     writer.add_embedding_length(N_EMBD)
     writer.add_feed_forward_length(model.width)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(_HEAD_DIM)
-    writer.add_value_length(_HEAD_DIM)
-    writer.add_rope_dimension_count(_HEAD_DIM)
+    writer.add_head_count(model.n_head)
+    writer.add_head_count_kv(model.n_head_kv)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(N_VOCAB)
     if model.by_expert:

@@ -23,11 +23,14 @@ from moelocal.plan.planner import Plan
 
 SHORT_PROMPT, LONG_PROMPT = 128, 512
 _N_CTX = 1024
+_DEPTH_STEP = 512  # tokens
+_DEEP_CTX = 5 * _DEPTH_STEP
 _DECODES, _FEW_DECODES = 24, 6
 _DECODE_LIMIT_S = 0.5  # then a few decodes are enough
 _RUNS = 3
 _SLOW_S = 0.4  # a batch that takes longer is measured once
 _QUICK_S = 0.12  # one of 128 tokens that takes less is measured with 512 too, as a graphics card needs
+_LEAST_MORE = 0.05  # of a deep reading is attention's, whatever the noise says
 _FIRST_TOKEN = 259  # before it: control tokens and bytes
 
 
@@ -43,16 +46,12 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Seconds. `prefill_s` by the number of tokens in the batch; `repacked_bytes` were rearranged at load.
-
-    `spread`: how much longer the slower decodes took than the quicker ones.
-    """
+    """Seconds. `prefill_s` by the number of tokens in the batch; `repacked_bytes` were rearranged at load."""
 
     decode_s: float
     prefill_s: dict[int, float] = field(default_factory=dict)
     load_s: float = 0.0
     repacked_bytes: int = 0
-    spread: float = 1.0
 
 
 def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, ...] = (SHORT_PROMPT,)) -> Reading:
@@ -62,11 +61,48 @@ def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, 
         KeyboardInterrupt: Ctrl-C.
         LoadFailed, OutOfMemory: see `engine.session.load`.
     """
+    plan = _plan(model, where, _N_CTX)
+    with load([path], read_header(path), plan) as session:
+        repacked = sum(buffer.n_bytes for buffer in logged_buffers() if "REPACK" in buffer.name)
+        if where.repack and not repacked:
+            return Reading(0.0, {}, session.load_s, 0)  # llama.cpp has no other layout for this type here
+        noise = random.Random(0)
+        _run(session, noise, 8, 2)  # brings weights and threads in
+        decode_s = _quick(_run(session, noise, 8, _DECODES)[1])
+        prefill_s = {n: _prefill_s(session, noise, n) for n in prompts}
+        if SHORT_PROMPT in prefill_s and prefill_s[SHORT_PROMPT] < _QUICK_S and LONG_PROMPT not in prefill_s:
+            prefill_s[LONG_PROMPT] = _prefill_s(session, noise, LONG_PROMPT)
+        return Reading(decode_s, prefill_s, session.load_s, repacked)
+
+
+def read_attention(path: Path, model: ProbeModel, where: Where) -> tuple[float, float]:
+    """Multiplications per second of attention: of one query at a time, and of a prompt's.
+
+    From how much longer a deep cache takes than a shallow one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+        LoadFailed, OutOfMemory: see `engine.session.load`.
+    """
+    step, noise = _DEPTH_STEP, random.Random(0)
+    text = [noise.randrange(_FIRST_TOKEN, N_VOCAB) for _ in range(4 * step)]
+    with load([path], read_header(path), _plan(model, where, _DEEP_CTX)) as session:
+        _run_text(session, noise, text[:8], 2)  # brings weights and threads in
+        first_s, shallow = _run_text(session, noise, text[:step], _DECODES)
+        for end in (2 * step, 3 * step):
+            _run_text(session, noise, text[:end], 1)
+        last_s, deep = _run_text(session, noise, text, _DECODES)
+    macs = float(model.attention_macs * 3 * step)
+    decode_s = max(_LEAST_MORE * _quick(deep), _quick(deep) - _quick(shallow))
+    return macs / decode_s, macs * step / max(_LEAST_MORE * last_s, last_s - first_s)
+
+
+def _plan(model: ProbeModel, where: Where, n_ctx: int) -> Plan:
     placement = None
     if where.layers != "CPU":
         placement = Placement((where.layers,) * model.n_layers, (where.experts,) * model.n_layers, where.layers)
-    plan = Plan(
-        n_ctx=_N_CTX,
+    return Plan(
+        n_ctx=n_ctx,
         kv_type="f16",
         n_ubatch=LONG_PROMPT,
         threads=where.threads,
@@ -75,18 +111,6 @@ def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, 
         load_mode="mmap",
         placement=placement,
     )
-    with load([path], read_header(path), plan) as session:
-        repacked = sum(buffer.n_bytes for buffer in logged_buffers() if "REPACK" in buffer.name)
-        if where.repack and not repacked:
-            return Reading(0.0, {}, session.load_s, 0)  # llama.cpp has no other layout for this type here
-        noise = random.Random(0)
-        _run(session, noise, 8, 2)  # brings weights and threads in
-        decodes = _run(session, noise, 8, _DECODES)[1]
-        decode_s = _quick(decodes)
-        prefill_s = {n: _prefill_s(session, noise, n) for n in prompts}
-        if SHORT_PROMPT in prefill_s and prefill_s[SHORT_PROMPT] < _QUICK_S and LONG_PROMPT not in prefill_s:
-            prefill_s[LONG_PROMPT] = _prefill_s(session, noise, LONG_PROMPT)
-        return Reading(decode_s, prefill_s, session.load_s, repacked, _quick(decodes, 3) / decode_s)
 
 
 def _prefill_s(session: Session, noise: random.Random, n_tokens: int) -> float:
@@ -98,15 +122,20 @@ def _prefill_s(session: Session, noise: random.Random, n_tokens: int) -> float:
     return _quick(found)
 
 
-def _quick(seconds: Sequence[float], quarters: int = 1) -> float:
-    """The slowest of the quickest quarter, or of so many quarters."""
-    return sorted(seconds)[len(seconds) * quarters // 4]
+def _quick(seconds: Sequence[float]) -> float:
+    """The slowest of the quickest quarter."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def _run(session: Session, noise: random.Random, n_tokens: int, n_decodes: int) -> tuple[float, list[float]]:
     """Seconds of a prompt of random tokens, and of each token decoded after it."""
     tokens = [noise.randrange(_FIRST_TOKEN, N_VOCAB) for _ in range(n_tokens)]
     tokens[0] = _FIRST_TOKEN + (session.cached[0] + 1 - _FIRST_TOKEN) % 100 if session.cached else tokens[0]
+    return _run_text(session, noise, tokens, n_decodes)
+
+
+def _run_text(session: Session, noise: random.Random, tokens: list[int], n_decodes: int) -> tuple[float, list[float]]:
+    """Seconds of what of a prompt is not in the cache, and of each token decoded after it."""
     sampling = Sampling(  # almost uniform: every token chooses other experts
         n_decodes + 1, temperature=50.0, top_k=0, top_p=1.0, min_p=0.0, seed=noise.randrange(1 << 30), ignore_eos=True
     )

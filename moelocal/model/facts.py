@@ -135,6 +135,17 @@ class ModelFacts:
     extra_caches: tuple[KVCache, ...] = field(default=())
     graph: GraphFacts = field(default=GraphFacts())
 
+    def attention_macs(self, index: int) -> int:
+        """Multiplications of one query token with one position of a layer's cache, keys and values; 0 where there is
+        no attention, or the graph is not known."""
+        graph = self.graph.layers[index].attention if index < len(self.graph.layers) else None
+        if graph is None:
+            return 0
+        if graph.latent is not None:
+            _, rope, rank = graph.latent
+            return graph.n_head * (2 * rank + rope)
+        return 2 * graph.out
+
     @property
     def is_moe(self) -> bool:
         """Whether any layer has routed experts."""

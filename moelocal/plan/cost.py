@@ -2,10 +2,12 @@
 out. Pure.
 
     decode  = sum over devices of bytes read per token / bandwidth of (type, repacked, dense or expert)
-              + KV bytes read / bandwidth + what a layer and a token cost beside + hops between devices
+              + attention: KV bytes / bandwidth, or multiplications / rate
+              + what a layer and a token cost beside + hops between devices
               + miss rate * active expert bytes / disk speed
     prefill = per ubatch: weights * tokens / the device's rate, at least the time to read the weights once; for experts
-              in RAM beside a GPU: max(the GPU's time, used experts copied over PCIe)
+              in RAM beside a GPU: max(the GPU's time, used experts copied over PCIe); + attention; of the last layer's
+              FFN only the last token
     load    = bytes / speed of the file, and of repacking
 
 Everything but the misses is a sum over layers: `Costs` computes the share of each kind of layer once, for every device
@@ -160,6 +162,7 @@ class Costs:
         self._correct = correct
         self._n_batches = -(-work.n_prompt // work.n_ubatch)
         self._n_at_once = max(1, work.n_prompt // self._n_batches)
+        self._last = facts.layers[-1] if facts.layers else None
         self._devices = {device.name: device for device in machine.devices}
         self._speeds = {name: device_speeds(machine, device) for name, device in self._devices.items()}
         self._disk = machine.disk.read_bytes_per_s or machine.speeds.disk_bytes_per_s
@@ -174,12 +177,29 @@ class Costs:
         """What every token uses of a layer, and its KV cache, on a device."""
         key = name, layer.index
         if key not in self._dense:
-            speeds = self._speeds[name]
             types = layer.dense_types or (("F16", layer.always_active_bytes),)
-            kv_read = self._kv_bytes(layer) / max(rate.decode_bytes_per_s for rate in speeds.dense.values())
-            beside = Seconds(speeds.layer_s + kv_read, speeds.layer_s * self._n_batches, 0.0)
-            self._dense[key] = self._weights(name, types).plus(beside)
+            weights = self._weights(name, types)
+            if layer is self._last:
+                whole = layer.attention_bytes / max(1, layer.always_active_bytes)
+                prefill = whole * weights.prefill + (1 - whole) * weights.decode
+                weights = weights._replace(prefill=prefill)
+            beside = Seconds(self._speeds[name].layer_s, self._speeds[name].layer_s * self._n_batches, 0.0)
+            self._dense[key] = weights.plus(beside).plus(self._attention(name, layer))
         return self._dense[key]
+
+    def _attention(self, name: str, layer: LayerFacts) -> Seconds:
+        """Queries against the cache: read once per token of decode, multiplied with every query in a prompt, which is
+        the newest part of the `n_depth` tokens."""
+        speeds, work = self._speeds[name], self.work
+        kv_read = self._kv_bytes(layer) / speeds.bandwidth_bytes_per_s
+        macs = self.facts.attention_macs(layer.index)
+        pairs = work.n_prompt * (max(0, work.n_depth - work.n_prompt) + work.n_prompt / 2)
+        if layer.kv_window:
+            pairs = min(pairs, work.n_prompt * float(layer.kv_window))
+        share = self._share_of_cores(name)
+        seen = min(work.n_depth, layer.kv_window or work.n_depth)
+        decode = max(kv_read, macs * seen / (speeds.decode_macs_per_s * share))
+        return Seconds(decode, macs * pairs / (speeds.prefill_macs_per_s * share), 0.0)
 
     def output(self, name: str) -> Seconds:
         """The output head and what else a token costs, on a device: computed for one row of a prompt only."""
@@ -207,6 +227,8 @@ class Costs:
                 copy = tensor.n_bytes * used / self._copy_bytes_per_s()
                 once = max(weights * self._n_at_once / fast.prefill_weights_per_s, copy)
             decode = tensor.n_bytes * share / rate.decode_bytes_per_s
+            if layer is self._last:  # of a prompt, only the last token's result is wanted
+                once = decode / self._n_batches
             self._expert[key] = Seconds(decode, once * self._n_batches, self._load_s(where, kind, tensor.n_bytes))
         return self._expert[key]
 
@@ -296,8 +318,11 @@ class Costs:
         table = speeds.expert if is_expert else speeds.dense
         repacked = self.work.repack and name == CPU and not is_plain
         found = table.get((kind, repacked)) or table.get((kind, False)) or table.get((kind, True)) or _typical(table)
-        share = min(1.0, self.work.threads / self.machine.cpu.cores) if name == CPU else 1.0
+        share = self._share_of_cores(name)
         return TypeSpeed(found.decode_bytes_per_s * share, found.prefill_weights_per_s * share) if share < 1 else found
+
+    def _share_of_cores(self, name: str) -> float:
+        return min(1.0, self.work.threads / self.machine.cpu.cores) if name == CPU else 1.0
 
     def _is_copied(self, home: str, where: str) -> bool:
         """Whether llama.cpp computes these experts on the GPU, by copying them there for each batch."""

@@ -21,6 +21,7 @@ from moelocal.engine import llama
 from moelocal.errors import MoelocalError
 from moelocal.machine.hardware import Machine, detect
 from moelocal.machine.speeds import load_speeds, store_speeds
+from moelocal.measure import others
 from moelocal.measure import probe as probing
 from moelocal.measure.disk import random_read_bytes_per_s, writable_parent
 from moelocal.measure.probe_model import base_model, probe_model, random_blocks, write_probe_model
@@ -44,7 +45,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def machine() -> Machine:
     here = detect(llama.devices())
-    return replace(here, cpu=replace(here.cpu, cores=1))  # two threads would wait for each other on a busy machine
+    return replace(here, cpu=here.cpu._replace(cores=1))  # two threads would wait for each other on a busy machine
 
 
 def test_speeds_are_plausible_and_kept(scratch: Path, machine: Machine) -> None:
@@ -152,3 +153,17 @@ def test_the_disk_is_read_and_nothing_stays(tmp_path: Path) -> None:
     assert speed is None or 0 < speed < math.inf
     assert not list(tmp_path.iterdir())
     assert writable_parent(tmp_path / "not" / "there") == tmp_path
+
+
+def test_what_others_take_is_neither_ours_nor_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(10.0, 5.0, 40.0), (12.0, 6.0, 44.0), (14.0, 7.0, 43.0)])
+    monkeypatch.setattr(others, "_seconds", lambda: next(readings))
+    work = others.OtherWork()
+    assert work.share() == pytest.approx(0.25)  # of 4 s, 2 were idle and 1 ours
+    assert work.share() == 0.0
+
+
+def test_other_work_is_read_from_this_system() -> None:
+    work = others.OtherWork()
+    sum(range(3_000_000))
+    assert 0.0 <= work.share() <= 1.0
