@@ -37,3 +37,11 @@ def user_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or user_path("~") / "AppData" / "Local") / "moelocal"
     return Path(os.environ.get("XDG_DATA_HOME") or user_path("~") / ".local" / "share") / "moelocal"
+
+
+def runs_file(model: Path) -> Path:
+    """Where is kept what was measured when this model file ran. Other files of its name and checksum may share it."""
+    import zlib
+
+    stem = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in model.stem[:40])
+    return user_home() / "runs" / f"{stem}-{zlib.crc32(os.fsencode(model.resolve())):08x}.jsonl"

@@ -25,6 +25,14 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder of the test's own: what ran before must not change what is planned."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("MOELOCAL_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the path of a tiny model by its geometry's name, such as `tiny-gptoss`."""

@@ -39,6 +39,7 @@ PURE = [
     "model/compute.py",
     "plan/planner.py",
     "plan/cost.py",
+    "plan/calibration.py",
     "plan/verdict.py",
     "plan/search.py",
     "plan/memory.py",

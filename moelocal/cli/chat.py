@@ -50,7 +50,9 @@ def chat(
         sampling = make_sampling(generation, session.header.metadata, session)
         if model is not None:
             remember_model(reference)
-        chat_loop(Chat(session, opened.prompter, reference, sampling, generation.system, hide_reasoning))
+        chat_loop(
+            Chat(session, opened.prompter, reference, sampling, generation.system, hide_reasoning, meter=opened.meter)
+        )
 
 
 def _last_model() -> str:
@@ -161,6 +163,8 @@ def _answer(chat: Chat, at_terminal: bool) -> None:
             raise
         view.finish()
     _comment(chat, answered)
+    if chat.meter is not None:
+        chat.meter.keep()
     if not at_terminal and answered.finish_reason is None:
         raise KeyboardInterrupt
     if answered.empty:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moelocal.engine.conversation import Delta, fit, reply
+from moelocal.engine.meter import Meter
 from moelocal.engine.prompt import Kind, Message, Prompter
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
@@ -82,6 +83,7 @@ class Chat:
     attached: list[str] = field(default_factory=list)
     n_left_out: int = 0
     totals: Totals = field(default_factory=Totals)
+    meter: Meter | None = None
     saved_as: tuple[Path, int] | None = None  # the file that has this conversation under a name, and when written
     kept_in: Path | None = None  # the file that has what is not under a name yet
     initial: Sampling = field(init=False)
@@ -121,7 +123,8 @@ class Chat:
             text, tokens, self.n_left_out = fit(
                 self.session, self.prompter, self._with_system(at), _N_RESERVE, self.n_left_out
             )
-            for last in reply(self.session, self.prompter, (text, tokens), self._sampling_now(), on_prefill):
+            deltas = reply(self.session, self.prompter, (text, tokens), self._sampling_now(), on_prefill)
+            for last in deltas if self.meter is None else self.meter.watch(deltas):
                 parts[last.kind].append(last.text)
                 growing.complete = last.finish_reason is not None
                 show(last.kind, last.text)

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.cli.screen import is_dumb
 from moelocal.errors import BadRequest, MoelocalError, OutOfMemory
+from moelocal.paths import runs_file
 
 if TYPE_CHECKING:
     from moelocal.cli.options import Generation, Placement
+    from moelocal.engine.meter import Meter
     from moelocal.engine.prompt import Prompter
     from moelocal.engine.sampling import Sampling
     from moelocal.engine.session import Session
     from moelocal.machine.hardware import Machine
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
+    from moelocal.plan.calibration import Calibration
     from moelocal.plan.planner import Plan, PlanRequest
 
 
@@ -37,6 +40,8 @@ class Opened(NamedTuple):
     plan: Plan
     session: Session
     prompter: Prompter
+    meter: Meter
+    history: Calibration | None
 
     def for_prompt(self, n_tokens: int, n_answer: int) -> Plan:
         """The plan with a context for this prompt and answer, unless the user gave one; the session takes it over.
@@ -49,9 +54,11 @@ class Opened(NamedTuple):
             return self.plan
         n_ctx = min(self.facts.n_ctx_train or n_tokens + n_answer, n_tokens + n_answer)
         try:
-            plan = make_plan(self.facts, self.machine, replace(self.request, n_ctx=n_ctx))
+            plan = make_plan(self.facts, self.machine, replace(self.request, n_ctx=n_ctx), self.history)
         except OutOfMemory:
             return self.plan
+        if plan.setting == replace(self.plan, n_ctx=plan.n_ctx).setting:  # so what it allocates is held against this
+            self.session.plan = plan
         self.session.reserve(plan.n_ctx)
         return plan
 
@@ -100,7 +107,8 @@ def open_model(
     meanwhile.start()
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
         loader = _Loader(path, header, bar, checkpoints)
-        session = loader.load(machine, lambda less: make_plan(facts, less, request))
+        history = known(path, facts, machine)
+        session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
     meanwhile.join()
     gc.freeze()  # what starting made stays; collections look only at what comes now
     gc.enable()
@@ -108,10 +116,25 @@ def open_model(
         from moelocal.cli.messages import note
 
         note(f"The model was trained for {facts.n_ctx_train:,} tokens: beyond them its answers get worse.")
+    from moelocal.engine.meter import Meter
     from moelocal.engine.prompt import make_prompter
 
     prompter = make_prompter(header.metadata, raw, session.token_text)
-    return Opened(reference, facts, machine, request, session.plan, session, prompter)
+    meter = Meter(path, machine, session)
+    return Opened(reference, facts, machine, request, session.plan, session, prompter, meter, history)
+
+
+def known(path: Path, facts: ModelFacts, machine: Machine) -> Calibration | None:
+    """What was measured when this model ran here; None if it never did."""
+    try:
+        if not runs_file(path).exists():
+            return None
+    except BadRequest:
+        return None
+    from moelocal.engine.history import read_runs
+    from moelocal.plan.calibration import Calibration
+
+    return Calibration(facts, machine, read_runs(path, machine))
 
 
 class _Loader(NamedTuple):
@@ -162,6 +185,7 @@ class _Loader(NamedTuple):
 
 def _import_what_follows() -> None:
     importlib.import_module("moelocal.engine.conversation")
+    importlib.import_module("moelocal.engine.meter")
     importlib.import_module("moelocal.engine.template")
     if sys.stdout.isatty() and not is_dumb():
         importlib.import_module("moelocal.cli.render")

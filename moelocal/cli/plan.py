@@ -31,6 +31,7 @@ def plan(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show where a model would go: memory per device, predicted speed, why, and what else there is."""
+    from moelocal.cli.opening import known
     from moelocal.model.facts import read_facts
     from moelocal.model.header import read_header
     from moelocal.model.store import resolve
@@ -38,11 +39,13 @@ def plan(
     from moelocal.plan.planner import make_plan
 
     request = placement.request()
-    facts = read_facts(read_header(resolve(model)))
+    path = resolve(model)
+    facts = read_facts(read_header(path))
     if machine is not None and placement.rpc:
         raise BadRequest("--machine and --rpc exclude each other.", "Describe the other machine's memory with gpu=.")
     here = _described(machine) if machine is not None else _present(facts, placement, verbose)
-    chosen = with_alternatives(facts, here, request, make_plan(facts, here, request))
+    history = known(path, facts, here) if machine is None else None
+    chosen = with_alternatives(facts, here, request, make_plan(facts, here, request, history), history)
     if as_json:
         print(json.dumps(chosen.as_json(facts), ensure_ascii=False))
         return

@@ -67,6 +67,7 @@ def run(
                 raise
             dim("(interrupted)")
             dim(stats_line(session.timings))
+            opened.meter.keep()
             raise SystemExit(130) from None
         last = ended.last
         view.finish()
@@ -87,6 +88,7 @@ def run(
             full = limit is None or len(ended.tokens) < limit
             note("(The context is full; --ctx gives a longer one.)" if full else f"(Ended at --max-tokens {limit}.)")
         dim(stats_line(last.timings))
+        opened.meter.keep()
 
 
 class Ended(NamedTuple):
@@ -124,7 +126,8 @@ def _answer(opened: Opened, messages: list[Message], sampling: Sampling, view: A
     plan = opened.for_prompt(len(prompt[1]), sampling.max_tokens or _N_ANSWER)
     tokens = []
     with quiet_keys(), LoadingBar("Reading the prompt") as bar:
-        for delta in reply(session, opened.prompter, prompt, sampling, lambda done, all: bar.update(done / all)):
+        deltas = reply(session, opened.prompter, prompt, sampling, lambda done, all: bar.update(done / all))
+        for delta in opened.meter.watch(deltas):
             bar.close()
             view.feed(delta.kind, delta.text)
             if delta.token is not None:

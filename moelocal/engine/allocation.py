@@ -12,7 +12,7 @@ llama-context.cpp (sched_reserve, output_reserve).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from moelocal.engine import llama
@@ -110,17 +110,24 @@ def _owner(buffer: str, devices: Iterable[str], buffer_names: Mapping[str, str])
     return "CPU"
 
 
+def off_plan(planned: Sequence[MemoryUse], allocated: Sequence[MemoryUse]) -> Iterator[tuple[str, int, int]]:
+    """The devices whose use is more than 2 % away from the plan's: name, bytes planned, bytes allocated."""
+    before, after = ({use.name: use.total_bytes for use in side} for side in (planned, allocated))
+    for name in {**before, **after}:
+        plan, real = before.get(name, 0), after.get(name, 0)
+        if abs(real - plan) > max(_TOLERANCE * plan, _ROUNDING_BYTES):
+            yield name, plan, real
+
+
 def differences(planned: Sequence[MemoryUse], allocated: Sequence[MemoryUse]) -> tuple[str, ...]:
     """A sentence for each device whose use is more than 2 % away from the plan's."""
     before, after = {use.name: use for use in planned}, {use.name: use for use in allocated}
     told = []
-    for name in dict.fromkeys([*before, *after]):
-        plan, real = (side[name].total_bytes if name in side else 0 for side in (before, after))
-        if abs(real - plan) > max(_TOLERANCE * plan, _ROUNDING_BYTES):
-            parts = ", ".join(
-                f"{label} {format_bytes(getattr(after[name], field) if name in after else 0)}"
-                f" for {format_bytes(getattr(before[name], field) if name in before else 0)}"
-                for label, field in (("weights", "weights_bytes"), ("KV", "kv_bytes"), ("work", "compute_bytes"))
-            )
-            told.append(f"{name} holds {format_bytes(real)} where {format_bytes(plan)} were planned ({parts}).")
+    for name, plan, real in off_plan(planned, allocated):
+        parts = ", ".join(
+            f"{label} {format_bytes(getattr(after[name], field) if name in after else 0)}"
+            f" for {format_bytes(getattr(before[name], field) if name in before else 0)}"
+            for label, field in (("weights", "weights_bytes"), ("KV", "kv_bytes"), ("work", "compute_bytes"))
+        )
+        told.append(f"{name} holds {format_bytes(real)} where {format_bytes(plan)} were planned ({parts}).")
     return tuple(told)

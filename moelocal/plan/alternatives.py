@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moelocal.errors import BadRequest, OutOfMemory
 from moelocal.machine.hardware import Machine
@@ -12,6 +13,9 @@ from moelocal.plan.memory import CPU
 from moelocal.plan.planner import Alternative, Plan, make_plan
 from moelocal.plan.request import PlanRequest
 
+if TYPE_CHECKING:
+    from moelocal.plan.calibration import Calibration
+
 # Bits per weight of whole files, about. Source: llama.cpp 0c1e57098, tools/quantize/README.md.
 _BITS = {
     "Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.7, "Q4_K_M": 4.89, "Q4_K_S": 4.67, "IQ4_XS": 4.46, "Q3_K_M": 4.0,
@@ -19,12 +23,14 @@ _BITS = {
 }  # fmt: skip
 
 
-def with_alternatives(facts: ModelFacts, machine: Machine, request: PlanRequest, plan: Plan) -> Plan:
+def with_alternatives(
+    facts: ModelFacts, machine: Machine, request: PlanRequest, plan: Plan, history: Calibration | None = None
+) -> Plan:
     """The plan with what one step would change; steps that change nothing or do not fit are left out."""
     found: list[Alternative] = []
     for change, other, wanted in _steps(facts, request, plan):
         try:
-            trial = make_plan(other, machine, wanted)
+            trial = make_plan(other, machine, wanted, history)
         except (OutOfMemory, BadRequest):
             continue
         if trial.predicted is not None and (trial.setting != plan.setting or other is not facts):

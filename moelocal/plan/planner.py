@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.errors import BadRequest, OutOfMemory
 from moelocal.machine.hardware import Device, Machine
@@ -25,6 +25,9 @@ from moelocal.plan.memory import CPU, PROGRAM_BYTES, MemoryUse, Sizes, graph_byt
 from moelocal.plan.request import PlanRequest, Turn, bounded, turn_of
 from moelocal.plan.search import BETTER, Room, Search
 from moelocal.units import format_bytes
+
+if TYPE_CHECKING:
+    from moelocal.plan.calibration import Calibration
 
 __all__ = ["MemoryUse", "Plan", "PlanRequest", "make_plan"]
 
@@ -166,8 +169,8 @@ class Trial(NamedTuple):
     turn_s: float
 
 
-def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest) -> Plan:
-    """Chooses how to run a model on a machine.
+def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history: Calibration | None = None) -> Plan:
+    """Chooses how to run a model on a machine. `history`: what was measured when it ran there.
 
     Raises:
         BadRequest: a setting that this model cannot have, or a device that is not there.
@@ -178,13 +181,16 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest) -> Plan
     if request.kv_type and not facts.fits_kv_type(request.kv_type):
         raise BadRequest(f"{facts.name} cannot keep its KV cache as {request.kv_type}.", "Leave --kv-type out.")
     here, turn = bounded(machine, request), turn_of(request)
-    best = _grown(facts, here, request, turn, _chosen(facts, here, request, turn))
+    best = _grown(facts, here, request, turn, _chosen(facts, here, request, turn, history))
     setting, left = best.setting, ram_left(here, best.uses)
     kept = min(best.uses[CPU].weights_bytes, max(0, left))
     disk_bytes = best.uses[CPU].weights_bytes - kept
     uses = best.uses | {CPU: replace(best.uses[CPU], weights_bytes=kept)}
     uses = _sharpened(facts, setting, uses)
     flags = flags_of(setting.placement)
+    reasons = [*explain(facts, here, request, setting, uses, disk_bytes)]
+    if history:
+        reasons += history.sentences(setting, turn.n_prompt, min(turn.n_depth, setting.n_ctx))
     return Plan(
         n_ctx=setting.n_ctx,
         kv_type=setting.kv_type,
@@ -197,20 +203,21 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest) -> Plan
         n_ctx_chosen=request.n_ctx is None,
         placement=setting.placement,
         no_host=setting.repack and bool(flags.devices),
-        reasons=tuple(explain(facts, here, request, setting, uses, disk_bytes)),
+        reasons=tuple(reasons),
         disk_bytes=disk_bytes,
         predicted=prediction(best.seconds, turn.n_prompt),
+        measured=history.measured(setting) if history else None,
         overrides=flags.overrides,
     )
 
 
-def _chosen(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn) -> Trial:
+def _chosen(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, history: Calibration | None) -> Trial:
     """The fastest setting at the context asked for; else at the objective's, or the longest shorter one that fits."""
     n_ctx = request.n_ctx or max(1, min(turn.n_ctx, facts.n_ctx_train or turn.n_ctx))
     wanted = n_ctx
     _check_gpu_budgets(facts, here, request, n_ctx)
     while True:
-        trials = list(_trials(facts, here, request, turn, n_ctx))
+        trials = list(_trials(facts, here, request, turn, n_ctx, history))
         if trials:
             return min(trials, key=lambda trial: trial.turn_s * _KV_PENALTY[trial.setting.kv_type])
         if request.n_ctx is not None or n_ctx // 2 < _LEAST_N_CTX:
@@ -218,8 +225,11 @@ def _chosen(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn) 
         n_ctx //= 2
 
 
-def _trials(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, n_ctx: int) -> Iterator[Trial]:
+def _trials(
+    facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, n_ctx: int, history: Calibration | None
+) -> Iterator[Trial]:
     """Settings that fit. Where the GPUs hold everything, there is nothing to weigh."""
+    correct = history.correction if history else None
     kv_types: tuple[KVType, ...] = (request.kv_type or "f16",)
     if request.kv_type is None and here.gpus and facts.fits_kv_type("q8_0"):
         kv_types = ("f16", "q8_0")
@@ -231,7 +241,7 @@ def _trials(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, 
             for repack, load_mode in _GPU_MODES if here.gpus else _CPU_MODES:
                 threads = request.threads or here.cpu.cores
                 work = Work(kv_type, n_ubatch, threads, repack, load_mode, turn.n_prompt, min(turn.n_depth, n_ctx))
-                trial = _best_placement(Costs(facts, here, work), sizes, request, turn, n_ctx)
+                trial = _best_placement(Costs(facts, here, work, correct), sizes, request, turn, n_ctx)
                 if trial is None:
                     continue
                 yield trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,26 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def moelocal(*args: str, width: int = 100) -> subprocess.CompletedProcess[str]:
+    return command("plan", *args, width=width)
+
+
+def command(*args: str, width: int = 100, stdin: str = "") -> subprocess.CompletedProcess[str]:
     env = {"PATH": "/usr/bin:/bin", "COLUMNS": str(width), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(
-        [sys.executable, "-m", "moelocal", "plan", *args], capture_output=True, text=True, env=env, encoding="utf-8"
+        [sys.executable, "-m", "moelocal", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=env | {"MOELOCAL_HOME": os.environ["MOELOCAL_HOME"]},
+        encoding="utf-8",
     )
+
+
+def measured() -> dict[str, float] | None:
+    done = moelocal("demo", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] | None = json.loads(done.stdout)["measured"]
+    return found
 
 
 @pytest.mark.parametrize("width", [60, 100, 200])
@@ -52,7 +69,7 @@ def test_json_and_nothing_else(qwen: Path) -> None:
 
 def test_a_machine_that_is_not_here_needs_no_engine(qwen: Path) -> None:
     code = (
-        "import sys\nfrom moelocal.cli.app import app\n"
+        "import sys\nfrom moelocal.cli.app import command_line\n"
         f"sys.argv = ['moelocal', 'plan', {str(qwen)!r}, '--machine', 'ram=16GiB', '--json']\n"
         "try:\n    app()\nexcept SystemExit:\n    pass\n"
         "print(*{'llama_cpp', 'rich'}.intersection(sys.modules), file=sys.stderr)"
@@ -80,3 +97,43 @@ def test_refusals_say_what_to_do(qwen: Path, args: tuple[str, ...], status: int,
 def test_the_machine_that_is_here() -> None:
     done = moelocal("demo")
     assert done.returncode == 0 and "RAM" in done.stdout, done.stderr
+
+
+def test_what_ran_here_is_shown_and_corrects_the_prediction(home: Path) -> None:
+    assert measured() is None
+    ran = [json.loads(command("run", "demo", "Tell me a story.", "--json").stdout) for _ in range(2)]
+    found, rates = measured(), [one["timings"]["generate_per_s"] for one in ran]
+    assert found is not None and set(found) == {"decode_per_s", "prefill_per_s", "first_token_s"}
+    assert found["decode_per_s"] > min(rates) * 0.99  # more if the reader of the stream was held up
+    assert ran[0]["plan"]["measured"] is None and ran[1]["plan"]["measured"] is not None
+    picture = moelocal("demo").stdout
+    assert "measured" in picture and "corrected by 2 answers measured here" in picture
+    described = json.loads(moelocal("demo", "--machine", "ram=16GiB", "--json").stdout)
+    assert described["measured"] is None
+
+
+def test_a_chat_is_measured_too(home: Path) -> None:
+    done = command("chat", "demo", stdin="Tell me a story.\nTell me another story.\n")
+    assert done.returncode == 0, done.stderr
+    assert measured() is not None and len(list((home / "runs").glob("demo-*.jsonl"))) == 1
+
+
+def test_damaged_runs_are_passed_over(home: Path) -> None:
+    command("run", "demo", "Tell me a story.")
+    (file,) = (home / "runs").iterdir()
+    good = file.read_bytes()
+    for bad in (b"", b"\0\xff{", b"[]", b'{"version": 1}', b"[" * 100_000, good[: len(good) // 2]):
+        file.write_bytes(bad)
+        assert measured() is None
+        file.write_bytes(bad + good)
+        assert measured() is not None
+    file.unlink()
+    file.mkdir()
+    assert measured() is None and command("run", "demo", "Tell me a story.").returncode == 0
+
+
+def test_a_home_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOCAL_HOME", "/dev/null/nowhere")
+    done = command("run", "demo", "Tell me a story.")
+    assert done.returncode == 0 and done.stdout and "rror" not in done.stderr
+    assert measured() is None
