@@ -105,8 +105,8 @@ def test_pure_modules_read_no_clock_and_no_network(module: str) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom moelocal.cli.app import app\n"
-        "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom moelocal.cli.app import command_line\n"
+        "assert CliRunner().invoke(command_line(), ['run', '--help']).exit_code == 0\n"
         f"print(*{HEAVY!r}.intersection(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

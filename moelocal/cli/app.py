@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,17 +18,33 @@ import typer
 from typer.core import TyperCommand
 
 from moelocal import __version__
-from moelocal.cli import chat, doctor, messages, plan, run, worker
+from moelocal.cli import messages
 from moelocal.cli.options import expand
 from moelocal.errors import MoelocalError
 
-app = typer.Typer(
-    name="moelocal",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+COMMANDS = ("doctor", "run", "chat", "plan", "worker")
+"""In the order of `--help`; each is a function in a module of its name."""
+
+_HELP = """Run Mixture-of-Experts models larger than your graphics card.
+
+Try it at once, offline: moelocal run demo "What is a mixture of experts?"
+"""
+
+
+def command_line(*names: str) -> typer.Typer:
+    """The program with these commands, by default all: to run one, the others need not be imported."""
+    app = typer.Typer(
+        name="moelocal",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(help=messages.as_typed(_HELP))(_root)
+    for name in names or COMMANDS:
+        command = getattr(importlib.import_module(f"moelocal.cli.{name}"), name)
+        app.command(name, cls=_Command)(bounded(expand(command)))
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -36,13 +53,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_HELP = """Run Mixture-of-Experts models larger than your graphics card.
-
-Try it at once, offline: moelocal run demo "What is a mixture of experts?"
-"""
-
-
-@app.callback(help=messages.as_typed(_HELP))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -113,11 +123,9 @@ def _silence() -> None:
     os.dup2(null, 1)
 
 
-for command in (doctor.doctor, run.run, chat.chat, plan.plan, worker.worker):
-    app.command(command.__name__, cls=_Command)(bounded(expand(command)))
-
-
 def main() -> None:
     """Entry point of the console script."""
-    name = messages.program() if "-completion" not in str(sys.argv[1:2]) else "moelocal"  # a shell completes by name
+    first = sys.argv[1:2]
+    name = messages.program() if "-completion" not in str(first) else "moelocal"  # a shell completes by name
+    app = command_line(*set(first).intersection(COMMANDS))
     app(prog_name=name, complete_var="_MOELOCAL_COMPLETE")

@@ -71,7 +71,7 @@ def test_a_machine_that_is_not_here_needs_no_engine(qwen: Path) -> None:
     code = (
         "import sys\nfrom moelocal.cli.app import command_line\n"
         f"sys.argv = ['moelocal', 'plan', {str(qwen)!r}, '--machine', 'ram=16GiB', '--json']\n"
-        "try:\n    app()\nexcept SystemExit:\n    pass\n"
+        "try:\n    command_line()()\nexcept SystemExit:\n    pass\n"
         "print(*{'llama_cpp', 'rich'}.intersection(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
