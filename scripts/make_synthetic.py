@@ -123,6 +123,7 @@ GEOMETRIES: dict[str, Geometry] = {
     ),
     "tiny-dense": Geometry("llama", 4, 128, 4, 2, 32, 600, 4096, "F16", n_ff=256),
 }  # fmt: skip
+GEOMETRIES["qwen3moe-250m"] = replace(GEOMETRIES["qwen3moe-400m"], n_layer=6)
 GEOMETRIES["tiny-deepseek2-fused"] = replace(GEOMETRIES["tiny-deepseek2"], fused_gate_up=True)
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]

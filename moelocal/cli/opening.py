@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from moelocal.plan.calibration import Calibration
     from moelocal.plan.planner import Plan, PlanRequest
 
+_SWITCH_S = sys.getswitchinterval()
+_SWITCH_LOADING_S = 1e-4  # llama.cpp reports progress after every tensor, and shall not wait for an import
+
 
 class Opened(NamedTuple):
     """A model ready to answer, and what is known about it."""
@@ -103,13 +106,13 @@ def open_model(
     interrupt.close()
     if interrupt.is_set():
         raise KeyboardInterrupt
-    meanwhile = threading.Thread(target=_import_what_follows)
-    meanwhile.start()
+    meanwhile = threading.Thread(target=_import_what_follows, args=(raw,))
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
-        loader = _Loader(path, header, bar, checkpoints)
+        loader = _Loader(path, header, bar, checkpoints, meanwhile)
         history = known(path, facts, machine)
         session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
     meanwhile.join()
+    sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what starting made stays; collections look only at what comes now
     gc.enable()
     if facts.n_ctx_train and (placement.ctx or 0) > facts.n_ctx_train:
@@ -144,6 +147,7 @@ class _Loader(NamedTuple):
     header: GGUFHeader
     bar: LoadingBar
     checkpoints: bool
+    meanwhile: threading.Thread  # started when the interpreter has nothing else to do
 
     def load(self, machine: Machine, plan_for: Callable[[Machine], Plan]) -> Session:
         """Loads, steps down once if needed, and remembers what worked."""
@@ -167,6 +171,9 @@ class _Loader(NamedTuple):
         from moelocal.engine.session import load
 
         paths = [Path(shard) for shard in self.header.shards] or [self.path]
+        if self.meanwhile.ident is None:
+            sys.setswitchinterval(_SWITCH_LOADING_S)
+            self.meanwhile.start()
         session = load(paths, self.header, plan, self.bar.update, self.checkpoints)
         if any(use.kind != "cpu" for use in plan.per_device):  # a GPU's memory is taken now or never
             try:
@@ -183,10 +190,11 @@ class _Loader(NamedTuple):
         note(message)
 
 
-def _import_what_follows() -> None:
+def _import_what_follows(raw: bool) -> None:
     importlib.import_module("moelocal.engine.conversation")
     importlib.import_module("moelocal.engine.meter")
-    importlib.import_module("moelocal.engine.template")
+    if not raw:
+        importlib.import_module("moelocal.engine.template")
     if sys.stdout.isatty() and not is_dumb():
         importlib.import_module("moelocal.cli.render")
 

@@ -61,6 +61,7 @@ def _described(text: str) -> Machine:
 
 
 def _present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Machine:
+    from moelocal.cli.measuring import measure_first
     from moelocal.engine import llama, rpc
     from moelocal.machine.hardware import detect
     from moelocal.plan.llama_flags import offload_min_batch
@@ -68,4 +69,5 @@ def _present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Mach
     llama.LOG.verbose = verbose
     llama.offload_prompts_from(offload_min_batch(facts))
     rpc.add_workers(placement.rpc or ())
-    return detect(llama.devices(), llama.version())
+    machine = detect(llama.devices(), llama.version())
+    return detect(llama.devices(), llama.version()) if measure_first(machine, llama.version()) else machine
