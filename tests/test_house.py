@@ -42,6 +42,7 @@ PURE = [
     "plan/calibration.py",
     "plan/verdict.py",
     "plan/search.py",
+    "plan/fit.py",
     "plan/memory.py",
     "plan/request.py",
     "plan/reasons.py",

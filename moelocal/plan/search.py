@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from moelocal.model.facts import LayerFacts
 from moelocal.plan.cost import Costs, Placement, Seconds
+from moelocal.plan.fit import fit_layout
 from moelocal.plan.memory import CPU, MemoryUse, Sizes, placed
+from moelocal.plan.request import margin_bytes
 
-BETTER = 1 - 1e-7  # of equals the first one counts, whatever the order of a sum does to its last digits
+BETTER = 1 - 1e-10  # of equals the first one counts, whatever the order of a sum does to its last digits
 _FEW = 3
 _FEW_SPLITS = 60  # of the layers among devices: tried all
 _STEPS = (8, 4, 2, 1)  # layers moved between neighbouring devices while that helps
@@ -86,6 +88,18 @@ class Search:
             yield from filter(None, made)
         if best is not None and len(best[1]) > 1:
             yield self._improved(*best)
+        if self._n_away is None and not self._costs.work.repack and self._costs.work.load_mode == "mmap":
+            yield from self._like_fit()
+
+    def _like_fit(self) -> Iterator[Placement]:
+        """What llama.cpp's `--fit` would do, and the same layers per device filled up."""
+        here = self._costs.machine
+        free = tuple(device.free_bytes + margin_bytes(device) for device in here.gpus)
+        fit = fit_layout(self._costs.facts, here, self._sizes, free)
+        if fit is not None:
+            yield fit
+            counts = [fit.layers.count(room.name) for room in self._rooms]
+            yield from filter(None, [self._built(self._rooms, counts, is_whole=True)])
 
     def _groups(self) -> Iterator[tuple[Room, ...]]:
         """Which devices to use together: of a few all combinations, of many all, all but one, and each alone."""
