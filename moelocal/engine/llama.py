@@ -149,6 +149,8 @@ def _devices() -> list[tuple[Device, _Raw]]:
         call("dev_memory", pointer, ctypes.byref(free), ctypes.byref(total))
         backend, kind = _backend_name(call("reg_name", call("dev_backend_reg", pointer))), call("dev_type", pointer)
         is_gpu = kind in (abi.KIND_GPU, abi.KIND_IGPU)
+        buffer_type = call("dev_buffer_type", pointer)
+        buffer_name = call("buft_name", buffer_type).decode(errors="replace")
         device = Device(
             name=call("dev_name", pointer).decode(errors="replace"),
             description=call("dev_description", pointer).decode(errors="replace"),
@@ -158,9 +160,9 @@ def _devices() -> list[tuple[Device, _Raw]]:
             backend=backend,
             # Metal calls Apple's GPU a discrete one, yet its memory is the system's
             shares_ram=kind == abi.KIND_IGPU or (backend == "Metal" and sys.platform == "darwin"),
+            buffer_name=buffer_name if backend.startswith("RPC") else "",
         )
-        buffer_type = call("dev_buffer_type", pointer)
-        found.append((device, _Raw(pointer, buffer_type, call("buft_name", buffer_type).decode(errors="replace"))))
+        found.append((device, _Raw(pointer, buffer_type, buffer_name)))
     return found
 
 

@@ -37,7 +37,8 @@ class Disk(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device that llama.cpp can compute on. Sizes in bytes; a CPU's are the RAM's. `backend` is CPU, CUDA, Metal,
-    Vulkan, RPC, ...; `shares_ram`: its memory is the system's (Apple silicon, integrated graphics)."""
+    Vulkan, RPC, ...; `shares_ram`: its memory is the system's (Apple silicon, integrated graphics); `buffer_name`: what
+    overrides call it, where that is not its name (`RPC0[192.168.1.5:50052]`)."""
 
     name: str
     description: str
@@ -46,6 +47,7 @@ class Device:
     free_bytes: int
     backend: str = "CPU"
     shares_ram: bool = False
+    buffer_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 So no plan is slower than what people have without one. The rules: what every token uses goes on the GPUs from the last
 layer back, then such layers become whole ones in front, device by device; one more layer per device in part, the rest
-of it on the next device; 1 GiB stays free. Memory is as our arithmetic has it. Where `--fit` would push a router off the
-GPU (its patterns do), the router stays here.
+of it on the next device; 1 GiB stays free. Memory is as our arithmetic has it. Where `--fit` would push a router off
+the GPU (its patterns do), the router stays here.
 
 Source: llama.cpp 0c1e57098, common/fit.cpp, common_params_fit_impl.
 """

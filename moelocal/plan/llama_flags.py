@@ -10,6 +10,7 @@ Source: llama.cpp 0c1e57098, src/llama-model.cpp, load_tensors; src/llama-model-
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.errors import BadRequest
@@ -95,15 +96,17 @@ def offload_min_batch(facts: ModelFacts) -> int | None:
     return -(-_OFFLOAD_MIN_BATCH * facts.n_experts // facts.n_experts_used)
 
 
-def llama_args(setting: Setting, rpc: tuple[str, ...] = (), buffer_names: dict[str, str] | None = None) -> list[str]:
+def llama_args(setting: Setting, workers: Mapping[str, str] | None = None) -> list[str]:
     """The same as flags of llama-server and its siblings.
 
     Args:
-        rpc: the workers, as HOST:PORT.
-        buffer_names: device name -> its buffer type's name, where llama.cpp names it otherwise (RPC).
+        workers: all devices elsewhere (llama.cpp counts them in the order of --rpc), each with the name of its buffers:
+            `RPC1` -> `RPC0[192.168.1.5:50052]`.
     """
-    flags, names = flags_of(setting.placement), buffer_names or {}
-    args = ["--rpc", ",".join(rpc)] if rpc else []
+    flags, names = flags_of(setting.placement), workers or {}
+    args: list[str] = []
+    if any(name in names for name in flags.devices or ()):
+        args = ["--rpc", ",".join(dict.fromkeys(name.partition("[")[2].rstrip("]") for name in names.values()))]
     args += ["-dev", ",".join(flags.devices) if flags.devices else "none", "-ngl", str(flags.n_gpu_layers)]
     if len(flags.tensor_split) > 1:
         args += ["-ts", ",".join(f"{share:g}" for share in flags.tensor_split)]

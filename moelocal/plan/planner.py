@@ -54,7 +54,8 @@ class Plan:
 
     `placement` says where everything lives; without one, `n_gpu_layers` go to llama.cpp's own choice of devices.
     `no_host`: weights in RAM do not use a GPU's pinned memory (so they can be repacked). `disk_bytes` of weights are
-    more than RAM holds. `overrides` are tensor patterns and their devices.
+    more than RAM holds. `overrides` are tensor patterns and their devices; `workers` the machine's devices elsewhere,
+    and their buffers' names with the address.
     """
 
     n_ctx: int
@@ -74,6 +75,7 @@ class Plan:
     measured: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
+    workers: tuple[tuple[str, str], ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -139,7 +141,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "expert_layers": self.expert_layers(facts),
             "overrides": [{"pattern": pattern, "device": name} for pattern, name in self.overrides],
-            "llama_args": [] if setting is None else llama_args(setting),
+            "llama_args": [] if setting is None else llama_args(setting, dict(self.workers)),
             "predicted": _speeds_json(self.predicted),
             "measured": _speeds_json(self.measured),
             "reasons": list(self.reasons),
@@ -208,6 +210,7 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
         predicted=prediction(best.seconds, turn.n_prompt),
         measured=history.measured(setting) if history else None,
         overrides=flags.overrides,
+        workers=tuple((device.name, device.buffer_name) for device in here.devices if device.kind == "rpc"),
     )
 
 

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from tests.conftest import ROOT
 from tests.gguf_bytes import write_sparse
 from tests.model.geometries import qwen3_30b_a3b
+from tests.workers import worker
 
 MACHINE = "gpu=RTX 4070:12GiB:504GB/s;ram=32GiB:60GB/s;disk=3GB/s;cores=8"
 
@@ -137,3 +138,13 @@ def test_a_home_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyP
     done = command("run", "demo", "Tell me a story.")
     assert done.returncode == 0 and done.stdout and "rror" not in done.stderr
     assert measured() is None
+
+
+def test_flags_name_the_workers(qwen: Path) -> None:
+    with worker() as (port, _):
+        done = moelocal(str(qwen), "--rpc", f"localhost:{port}", "--ram", "4GiB", "--json")
+    document = json.loads(done.stdout)
+    assert document["expert_layers"]["RPC0"], done.stderr
+    assert document["llama_args"][:2] == ["--rpc", f"127.0.0.1:{port}"] and "RPC0" in document["llama_args"][3]
+    overrides = " ".join(document["llama_args"]).partition("-ot ")[2]
+    assert "=RPC0," not in overrides and "=RPC0 " not in overrides

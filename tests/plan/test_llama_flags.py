@@ -113,11 +113,21 @@ def test_an_order_that_llama_cpp_cannot_express(layers: tuple[str, ...]) -> None
 def test_flags_for_llama_server() -> None:
     placement = Placement(("CPU", "CUDA0", "RPC0"), ("CPU", "CPU", "RPC0"), "RPC0")
     setting = Setting(placement, 4096, "q8_0", 1024, 6, False, "mmap")
-    args = llama_args(setting, ("192.168.1.5:50052",), {"RPC0": "RPC0[192.168.1.5:50052]"})
+    args = llama_args(setting, {"RPC0": "RPC0[192.168.1.5:50052]"})
     assert " ".join(args) == (
         "--rpc 192.168.1.5:50052 -dev CUDA0,RPC0 -ngl 3 -ts 1,2 "
         r"-ot ^blk\.(1)\.ffn_(gate|up|down|gate_up)_(ch)?exps\.=CPU "
         "-c 4096 -ctk q8_0 -ctv q8_0 -b 1024 -ub 1024 -t 6 -lm mmap -np 1 -fit off --no-repack"
     )
+    assert "--rpc" not in llama_args(setting)
     cpu = Setting(Placement(("CPU",), ("CPU",), "CPU"), 512, "f16", 64, 1, True, "none")
-    assert llama_args(cpu)[:4] == ["-dev", "none", "-ngl", "0"]
+    assert llama_args(cpu, {"RPC0": "RPC0[192.168.1.5:50052]"})[:4] == ["-dev", "none", "-ngl", "0"]
+
+
+def test_every_worker_is_named_once_and_overrides_use_its_buffers() -> None:
+    """llama.cpp counts devices over all workers, but buffers anew for each."""
+    workers = {"RPC0": "RPC0[10.0.0.2:50052]", "RPC1": "RPC1[10.0.0.2:50052]", "RPC2": "RPC0[10.0.0.3:50052]"}
+    setting = Setting(Placement(("RPC1",) * 2, ("RPC1", "RPC2"), "RPC1"), 512, "f16", 64, 1, True, "mmap")
+    args = llama_args(setting, workers)
+    assert args[:4] == ["--rpc", "10.0.0.2:50052,10.0.0.3:50052", "-dev", "RPC1,RPC2"]
+    assert args[args.index("-ot") + 1].endswith("=RPC0[10.0.0.3:50052]")
