@@ -718,6 +718,20 @@ def test_a_terminal_without_cursor_keys(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "\x1b" not in out
 
 
+def test_ctrl_c_drops_the_draft_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    keys: list[Any] = [KeyboardInterrupt(), KeyboardInterrupt(), "next\n"]
+
+    def read(draft: str) -> str:
+        key = keys.pop(0)
+        if isinstance(key, BaseException):
+            raise key
+        return str(key)
+
+    monkeypatch.setattr(chat_module, "_read_piped", read)
+    assert chat_module._read_typed("a draft") == ""
+    assert chat_module._read_typed("") == "next" and "Ctrl-D leaves" in capsys.readouterr().err
+
+
 def test_input_that_is_not_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
     with pytest.raises(BadRequest, match="UTF-8"):

@@ -172,10 +172,15 @@ def test_ctrl_c_in_prefill_and_decode_leaves_the_session_usable(geometry: str, t
     with pytest.raises(KeyboardInterrupt):
         list(session.stream(prompt, GREEDY, on_prefill=stop_early))
     assert len(seen) <= 4 and len(session.cached) <= 32 * 5
+    timings = session.timings
+    assert timings is not None and (timings.prompt_tokens, timings.generated_tokens) == (len(session.cached), 0)
+    assert timings.prompt_s > 0 and timings.generate_s == 0
     with pytest.raises(KeyboardInterrupt):
         for n, _ in enumerate(session.stream(prompt, Sampling(temperature=0.0, ignore_eos=True))):
             if n == 10:
                 os.kill(os.getpid(), signal.SIGINT)
+    timings = session.timings
+    assert timings is not None and (timings.prompt_tokens, timings.generated_tokens) == (len(prompt), 11)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert close(logits(session, prompt), expected)
 
