@@ -1,78 +1,177 @@
 """Prints what the cost model predicts for GGUF files on this machine, and what is then measured: medians of five.
 
-Measure the machine first: `scripts/moelocal doctor --probe`. Each file is run mapped and repacked, each run in turn.
+Measure the machine first: `scripts/moelocal doctor --probe`. Each file is run mapped and repacked. `after one` is the
+prediction corrected by a first run, as a plan's is, against the runs after it. With `--rpc`, one file runs in three
+placements between this machine and a worker that the script starts on it with one thread.
 
-usage: python scripts/foresight.py FILE.gguf ... [--settings mapped,repacked] [--prompt 512] [--tokens 32] [--runs 5]
+usage: python scripts/foresight.py FILE.gguf ... [--settings mapped,repacked] [--rpc] [--prompt 512] [--tokens 32]
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import socket
 import statistics
+import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moelocal.engine import llama
+from moelocal.engine import llama, rpc
 from moelocal.engine.sampling import Sampling
-from moelocal.engine.session import load
+from moelocal.engine.session import Session, load
 from moelocal.machine.hardware import Machine, detect
+from moelocal.measure.probe import probe
 from moelocal.model.facts import ModelFacts, read_facts
 from moelocal.model.header import GGUFHeader, read_header
-from moelocal.plan.cost import Placement, Prediction, Setting, predict
+from moelocal.plan.calibration import Calibration, Run
+from moelocal.plan.cost import Placement, Prediction, Setting, Work, predict
 from moelocal.plan.planner import Plan
 
-CPU = "CPU"
+CPU, WORKER = "CPU", "RPC0"
+COLUMNS = ("predicted", "measured", "ratio", "after one")
 
 
-@dataclass(frozen=True)
-class Work:
+class Sizes(NamedTuple):
     """How much is computed in each run, and how many runs there are."""
 
     n_prompt: int
     n_tokens: int
     n_runs: int
 
+    @property
+    def n_depth(self) -> int:
+        """Tokens in the cache while the measured ones are decoded, on average."""
+        return self.n_prompt + self.n_tokens // 2
 
-def foresee(facts: ModelFacts, machine: Machine, repack: bool, work: Work) -> Prediction:
-    """All on the CPU; decode at the depth that the measured tokens have on average."""
-    setting = setting_of(facts, machine, repack, work)
-    return predict(facts, machine, setting, work.n_prompt, work.n_prompt + work.n_tokens // 2)
+
+class Case(NamedTuple):
+    """A file with a setting that is predicted and measured."""
+
+    path: Path
+    header: GGUFHeader
+    facts: ModelFacts
+    name: str
+    setting: Setting
 
 
-def setting_of(facts: ModelFacts, machine: Machine, repack: bool, work: Work) -> Setting:
-    everywhere = (CPU,) * len(facts.layers)
-    n_ctx = work.n_prompt + work.n_tokens + 64
-    placement = Placement(everywhere, everywhere, CPU)
+def setting_of(facts: ModelFacts, machine: Machine, placement: Placement, repack: bool, sizes: Sizes) -> Setting:
+    n_ctx = sizes.n_prompt + sizes.n_tokens + 64
     return Setting(placement, n_ctx, "f16", 512, machine.cpu.cores, repack, "mmap")
 
 
-def measure(path: Path, header: GGUFHeader, setting: Setting, work: Work) -> tuple[float, float]:
-    """Tokens per second of decode and prefill."""
-    plan = Plan(setting.n_ctx, setting.kv_type, setting.n_ubatch, setting.threads, 0, setting.repack, setting.load_mode)
-    noise = random.Random(0)
-    decode, prefill = [], []
-    with load([path], header, plan) as session:
-        n_vocab = llama.api().llama_vocab_n_tokens(session._vocab)
-        for run in range(-1, work.n_runs):  # the first one brings weights in
-            tokens = [noise.randrange(n_vocab // 2) for _ in range(work.n_prompt)]
-            sampling = Sampling(max_tokens=work.n_tokens + 1, temperature=0.8, seed=run + 1, ignore_eos=True)
-            *_, last = session.stream(tokens, sampling)
-            timings = last.timings
-            assert timings is not None
-            if run >= 0:
-                decode.append(timings.generate_per_s or 0.0)
-                prefill.append(timings.prompt_per_s or 0.0)
-    return statistics.median(decode), statistics.median(prefill)
+def local_cases(path: Path, machine: Machine, names: Sequence[str], sizes: Sizes) -> Iterator[Case]:
+    """All on the CPU."""
+    header = read_header(path)
+    facts = read_facts(header)
+    n = len(facts.layers)
+    everywhere = Placement((CPU,) * n, (CPU,) * n, CPU)
+    for name in names:
+        yield Case(path, header, facts, name, setting_of(facts, machine, everywhere, name == "repacked", sizes))
+
+
+def remote_cases(path: Path, machine: Machine, sizes: Sizes) -> Iterator[Case]:
+    """Layers on the worker; their experts there, here, and half of them here."""
+    header = read_header(path)
+    facts = read_facts(header)
+    n = len(facts.layers)
+    there = (WORKER,) * n
+    for name, experts in (
+        ("all on RPC0", there),
+        ("half of the experts on CPU", (CPU,) * (n // 2) + there[n // 2 :]),
+        ("experts on CPU", (CPU,) * n),
+    ):
+        placement = Placement(there, experts, WORKER)
+        yield Case(path, header, facts, name, setting_of(facts, machine, placement, False, sizes))
+
+
+def measure(case: Case, sizes: Sizes) -> list[tuple[float, float]]:
+    """Seconds of the prompt, and of the decoded tokens, of each run."""
+    setting = case.setting
+    plan = Plan(
+        setting.n_ctx, setting.kv_type, setting.n_ubatch, setting.threads, 0, setting.repack, setting.load_mode,
+        placement=setting.placement if setting.placement.output != CPU else None,
+    )  # fmt: skip
+    with load([case.path], case.header, plan) as session:
+        answer(session, sizes._replace(n_tokens=8), -1)  # brings weights in
+        return [answer(session, sizes, run) for run in range(sizes.n_runs + 1)]
+
+
+def answer(session: Session, sizes: Sizes, seed: int) -> tuple[float, float]:
+    """Seconds of a prompt of random tokens and of the tokens decoded after it."""
+    noise = random.Random(seed)
+    n_vocab = len(session.header.metadata["tokenizer.ggml.tokens"])
+    tokens = [noise.randrange(n_vocab // 2) for _ in range(sizes.n_prompt)]
+    sampling = Sampling(max_tokens=sizes.n_tokens + 1, temperature=0.8, seed=seed + 1, ignore_eos=True)
+    *_, last = session.stream(tokens, sampling)
+    assert last.timings is not None and last.timings.generated_tokens == sizes.n_tokens + 1
+    return last.timings.prompt_s, last.timings.generate_s
+
+
+def foresee(case: Case, machine: Machine, sizes: Sizes, runs: Sequence[Run] = ()) -> Prediction:
+    """What is predicted for these sizes, with what earlier runs taught."""
+    setting = case.setting
+    work = Work(
+        setting.kv_type, setting.n_ubatch, setting.threads, setting.repack, setting.load_mode, sizes.n_prompt,
+        sizes.n_depth,
+    )  # fmt: skip
+    correction = Calibration(case.facts, machine, runs).correction(work, setting.placement)
+    return predict(case.facts, machine, setting, sizes.n_prompt, sizes.n_depth, correction)
+
+
+def show(case: Case, machine: Machine, sizes: Sizes) -> None:
+    """One row: decode and prefill, predicted and measured."""
+    before = foresee(case, machine, sizes)
+    (first_prompt_s, first_decode_s), *others = measure(case, sizes)
+    run = Run(
+        case.setting, machine.ram_free_bytes, sizes.n_prompt, first_prompt_s, first_prompt_s, sizes.n_depth,
+        sizes.n_tokens, first_decode_s, 0.0,
+    )  # fmt: skip
+    after = foresee(case, machine, sizes, [run])
+    prefill = sizes.n_prompt / statistics.median(prompt_s for prompt_s, _ in others)
+    decode = sizes.n_tokens / statistics.median(decode_s for _, decode_s in others)
+    cells = [case.path.stem, case.name]
+    for told, corrected, measured in (
+        (before.decode_per_s, after.decode_per_s, decode),
+        (before.prefill_per_s, after.prefill_per_s, prefill),
+    ):
+        cells += [f"{told:.4g}", f"{measured:.4g}", f"{told / measured:.2f}", f"{corrected / measured:.2f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+@contextmanager
+def worker() -> Iterator[str]:
+    """The address of a worker on this machine, with one thread."""
+    with closing(socket.socket()) as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = int(probe_socket.getsockname()[1])
+    command = [sys.executable, "-m", "moelocal", "worker", "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and process.poll() is None:
+            with closing(socket.socket()) as trial:
+                if not trial.connect_ex(("127.0.0.1", port)):
+                    break
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--settings", default="mapped,repacked")
+    parser.add_argument("--rpc", action="store_true", help="three placements on a worker, in place of the settings")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
@@ -80,24 +179,24 @@ def main() -> int:
     settings = args.settings.split(",")
     if unknown := set(settings) - {"mapped", "repacked"}:
         parser.error(f"no such setting: {', '.join(sorted(unknown))}")
+    sizes = Sizes(args.prompt, args.tokens, args.runs)
+    print(f"| file | setting | decode {' | '.join(COLUMNS)} | prefill {' | '.join(COLUMNS)} |")
+    print(f"|---|---|{'---:|' * 2 * len(COLUMNS)}", flush=True)
+    if args.rpc:
+        with worker() as address:
+            rpc.add_workers([address])
+            machine = detect(llama.devices(), llama.version())
+            machine = replace(machine, speeds=probe(machine, types=("Q4_K", "Q6_K"), budget_s=90))
+            for path in args.files:
+                for case in remote_cases(path, machine, sizes):
+                    show(case, machine, sizes)
+        return 0
     machine = detect(llama.devices(), llama.version())
     if not any(speeds.measured for speeds in machine.speeds.devices.values()):
         parser.error("this machine was not measured yet: moelocal doctor --probe")
-    work = Work(args.prompt, args.tokens, args.runs)
-    print("| file | setting | decode predicted | measured | ratio | prefill predicted | measured | ratio |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for path in args.files:
-        header = read_header(path)
-        facts = read_facts(header)
-        for name in settings:
-            repack = name == "repacked"
-            told = foresee(facts, machine, repack, work)
-            decode, prefill = measure(path, header, setting_of(facts, machine, repack, work), work)
-            print(
-                f"| {path.stem} | {name} | {told.decode_per_s:.1f} | {decode:.1f} | {told.decode_per_s / decode:.2f} "
-                f"| {told.prefill_per_s:.0f} | {prefill:.0f} | {told.prefill_per_s / prefill:.2f} |",
-                flush=True,
-            )
+        for case in local_cases(path, machine, settings, sizes):
+            show(case, machine, sizes)
     return 0
 
 

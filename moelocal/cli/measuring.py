@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from moelocal.machine.hardware import Machine
 
 
-def measure(machine: Machine, version: str) -> None:
-    """Measures the machine, with a progress bar, and keeps what it found: unless others kept it busy, and a quieter
-    measurement is there.
+def measure(machine: Machine, version: str) -> bool:
+    """Measures the machine, with a progress bar, and keeps what it found; unless other programs kept it busy: then it
+    says so. Returns whether it was kept.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -22,33 +22,31 @@ def measure(machine: Machine, version: str) -> None:
     from moelocal.cli import messages
     from moelocal.cli.opening import LoadingBar
     from moelocal.machine.hardware import identity
-    from moelocal.machine.speeds import load_speeds, speeds_file, store_speeds
+    from moelocal.machine.speeds import speeds_file, store_speeds
     from moelocal.measure import probe
     from moelocal.measure.others import BUSY_SHARE, OtherWork
 
     notes: list[str] = []
-    others, name = OtherWork(), identity(machine.cpu, machine.devices, version)
+    others = OtherWork()
     with LoadingBar("Measuring this machine") as bar:
         speeds = probe.probe(machine, bar.update, notes.append)
-    is_busy = others.share() > BUSY_SHARE
-    is_kept = not is_busy or load_speeds(name) is None
-    if is_busy:
-        kept = "These speeds are too low" if is_kept else "The earlier, better speeds were kept"
-        notes.append(
-            f"Other programs used {others.share():.0%} of the processor meanwhile. {kept}: measure again when it is "
-            "quiet, with: moelocal doctor --probe"
+    share = others.share()
+    if share > BUSY_SHARE:
+        messages.note(
+            f"Other programs used {share:.0%} of the processor meanwhile, so nothing was kept. Close them, then measure "
+            "again: moelocal doctor --probe"
         )
+        return False
     for sentence in notes:
         messages.note(sentence)
-    if not is_kept:
-        return
     try:
-        store_speeds(name, speeds)
+        store_speeds(identity(machine.cpu, machine.devices, version), speeds)
     except OSError as error:
         raise MoelocalError(
             f"The speeds cannot be kept in {speeds_file()}: {error.strerror}.",
             "Make room there, or choose another folder with MOELOCAL_HOME.",
         ) from error
+    return True
 
 
 def measure_first(machine: Machine, version: str) -> bool:
@@ -65,14 +63,12 @@ def measure_first(machine: Machine, version: str) -> bool:
         return False
     messages.note("Predictions need this machine's speeds: measuring them once, for less than a minute (Ctrl-C skips).")
     try:
-        measure(machine, version)
+        return measure(machine, version)
     except KeyboardInterrupt:
         skip_speeds(name)
         messages.note("Skipped: speeds are estimates until you run: moelocal doctor --probe")
     except MoelocalError as error:
         messages.note(f"{error.message} Speeds are estimates.")
-    else:
-        return True
     return False
 
 

@@ -140,10 +140,9 @@ def _run_text(session: Session, noise: random.Random, tokens: list[int], n_decod
         n_decodes + 1, temperature=50.0, top_k=0, top_p=1.0, min_p=0.0, seed=noise.randrange(1 << 30), ignore_eos=True
     )
     at: list[float] = []
-    prompt_s = 0.0
-    for chunk in session.stream(tokens, sampling):
+    start = time.perf_counter()
+    for _ in session.stream(tokens, sampling):
         at.append(time.perf_counter())
-        prompt_s = chunk.timings.first_token_s if chunk.timings else prompt_s
         if len(at) > _FEW_DECODES and at[-1] - at[0] > _DECODE_LIMIT_S:
             break
-    return prompt_s, [after - before for before, after in itertools.pairwise(at)]
+    return at[0] - start, [after - before for before, after in itertools.pairwise(at)]

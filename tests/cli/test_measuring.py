@@ -62,13 +62,12 @@ def test_what_keeps_it_from_measuring_keeps_nobody_from_planning(
     assert is_known(identity(machine.cpu, machine.devices, ENGINE)) == isinstance(failure, KeyboardInterrupt)
 
 
-def test_a_busy_machine_replaces_no_quiet_measurement(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_on_a_busy_machine_nothing_is_kept(
+    machine: Machine, person: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(others.OtherWork, "share", lambda _: 0.5)
-    measure(machine, ENGINE)
-    assert kept(machine) == Speeds(hop_s=1.0) and "too low" in capsys.readouterr().err
+    assert not measure_first(machine, ENGINE) and kept(machine) is None
+    assert "50%" in capsys.readouterr().err
     quiet = replace(Speeds(), hop_s=2.0)
     store_speeds(identity(machine.cpu, machine.devices, ENGINE), quiet)
-    measure(machine, ENGINE)
-    assert kept(machine) == quiet and "50%" in capsys.readouterr().err
+    assert not measure(machine, ENGINE) and kept(machine) == quiet
