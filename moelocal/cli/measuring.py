@@ -33,8 +33,8 @@ def measure(machine: Machine, version: str) -> bool:
     share = others.share()
     if share > BUSY_SHARE:
         messages.note(
-            f"Other programs used {share:.0%} of the processor meanwhile, so nothing was kept. Close them, then measure "
-            "again: moelocal doctor --probe"
+            f"Other programs used {share:.0%} of the processor meanwhile, so nothing was kept. Close them, then "
+            "measure again: moelocal doctor --probe"
         )
         return False
     for sentence in notes:
