@@ -49,6 +49,7 @@ PURE = [
     "plan/alternatives.py",
     "machine/described.py",
     "machine/defaults.py",
+    "machine/cards.py",
 ]
 IMPURE = {"time", "datetime", "socket", "subprocess", "urllib", "requests", "httpx", "psutil", "random", "os"}
 HEAVY = {"llama_cpp", "rich", "prompt_toolkit", "jinja2", "huggingface_hub", "numpy", "gguf", "psutil", "torch"}

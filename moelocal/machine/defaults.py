@@ -8,25 +8,14 @@
 
 from __future__ import annotations
 
+from moelocal.machine.cards import bandwidth
 from moelocal.machine.hardware import Cpu, Device
 from moelocal.machine.speeds import DeviceSpeeds, TypeSpeed
 
 RAM_BYTES_PER_S = 40e9  # two channels of DDR4-3200 give 51, DDR5-5600 give 90
 GPU_BYTES_PER_S = 300e9
 RPC_BYTES_PER_S = 40e9  # some other computer's RAM
-
-# Memory bandwidth in GB/s by what the name contains, longest first. Source: the makers' data sheets.
-_GPU_BANDWIDTHS = {
-    "RTX 5090": 1792, "RTX 5080": 960, "RTX 5070 Ti": 896, "RTX 5070": 672, "RTX 5060": 448, "RTX 4090": 1008,
-    "RTX 4080": 717, "RTX 4070 Ti": 504, "RTX 4070": 504, "RTX 4060": 272, "RTX 3090": 936, "RTX 3080": 760,
-    "RTX 3070": 448, "RTX 3060": 360, "RTX 3050": 224, "RTX 2080 Ti": 616, "RTX 2080": 448, "RTX 2070": 448,
-    "RTX 2060": 336, "GTX 1080": 320, "GTX 1070": 256, "GTX 1660": 192, "Tesla T4": 320, "Tesla P40": 347,
-    "A100": 1555, "H100": 3350, "L40": 864, "L4": 300, "RTX A6000": 768, "RX 9070": 645, "RX 7900 XTX": 960,
-    "RX 7900": 800, "RX 7800": 624, "RX 7700": 432, "RX 7600": 288, "RX 6900": 512, "RX 6800": 512, "RX 6700": 384,
-    "Arc B580": 456, "Arc A770": 560, "Apple M1 Max": 400, "Apple M1 Pro": 200, "Apple M1": 68, "Apple M2 Ultra": 800,
-    "Apple M2 Max": 400, "Apple M2 Pro": 200, "Apple M2": 100, "Apple M3 Ultra": 819, "Apple M3 Max": 400,
-    "Apple M3 Pro": 150, "Apple M3": 100, "Apple M4 Max": 546, "Apple M4 Pro": 273, "Apple M4": 120,
-}  # fmt: skip
+APPLE_BYTES_PER_S = 100e9
 
 _DENSE_SHARE, _EXPERT_SHARE, _CPU_SHARE, _REPACKED_SHARE = (
     0.75,
@@ -62,9 +51,13 @@ def default_speeds(device: Device, cpu: Cpu, bytes_per_s: float | None = None) -
 
 def gpu_bandwidth(device: Device) -> float:
     """Bytes per second of a device's memory, by its name."""
-    found = [name for name in _GPU_BANDWIDTHS if name.lower() in device.description.lower()]
-    if found:
-        return _GPU_BANDWIDTHS[max(found, key=len)] * 1e9
+    found = bandwidth(device.description, device.total_bytes)
+    if found is not None:
+        return found
+    if device.backend == "Metal":
+        return APPLE_BYTES_PER_S
+    if device.shares_ram:
+        return RAM_BYTES_PER_S
     return RPC_BYTES_PER_S if device.kind == "rpc" else GPU_BYTES_PER_S
 
 
