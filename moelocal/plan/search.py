@@ -319,7 +319,7 @@ class Search:
             yield tensor.name, room.name
 
     def _ordered(self, room: Room) -> list[int]:
-        """Layers whose experts are faster on the device, most seconds saved per byte first, of equals the last one.
+        """Layers whose experts are faster on the device, most seconds saved per byte first, of equals the later.
 
         The order is that of plain decode, so that it is the same however the rest is chosen.
         """
@@ -330,8 +330,9 @@ class Search:
                 layer = self._layers[kind]
                 if layer.expert_tensors and (always or self._gain(room, layer) > 0):
                     worth[kind] = self._costs.saved_per_byte(room.name, layer)
-            moe = [(worth[kind], index) for index, kind in enumerate(self._sizes.kinds) if kind in worth]
-            self._order[room.name] = [index for _, index in sorted(moe, reverse=True)]
+            last = len(self._layers) - 1  # a prompt hardly uses its experts, so they come after their equals
+            moe = [(worth[kind], i != last, i) for i, kind in enumerate(self._sizes.kinds) if kind in worth]
+            self._order[room.name] = [index for _, _, index in sorted(moe, reverse=True)]
         return self._order[room.name]
 
     def _gain(self, room: Room, layer: LayerFacts) -> float:
