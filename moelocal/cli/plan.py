@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from moelocal.cli import options as opt
-from moelocal.errors import BadRequest
+from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
     from moelocal.machine.hardware import Machine
     from moelocal.model.facts import ModelFacts
+
+_ANSWER_S = 2.5
 
 Described = Annotated[
     str | None,
@@ -38,6 +42,10 @@ def plan(
     from moelocal.plan.alternatives import with_alternatives
     from moelocal.plan.planner import make_plan
 
+    if placement.rpc:
+        from moelocal.cli.guard import guard
+
+        guard()  # llama.cpp ends the process when a worker vanishes
     request = placement.request()
     path = resolve(model)
     facts = read_facts(read_header(path))
@@ -60,6 +68,30 @@ def _described(text: str) -> Machine:
     return parse_machine(text)
 
 
+@contextmanager
+def _answering(workers: Sequence[str]) -> Iterator[None]:
+    """Ends the process when workers say hello and nothing more: llama.cpp would wait for them without a limit."""
+    import os
+    import threading
+
+    from moelocal.cli.messages import error
+
+    def give_up() -> None:
+        names = ", ".join(workers)
+        error(MoelocalError(f"The worker at {names} does not answer any more.", "Start it again: moelocal worker"))
+        sys.stderr.flush()
+        os._exit(1)
+
+    limit = threading.Timer(_ANSWER_S, give_up)
+    limit.daemon = True
+    if workers:
+        limit.start()
+    try:
+        yield
+    finally:
+        limit.cancel()
+
+
 def _present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Machine:
     from moelocal.cli.measuring import measure_first
     from moelocal.engine import llama, rpc
@@ -68,6 +100,7 @@ def _present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Mach
 
     llama.LOG.verbose = verbose
     llama.offload_prompts_from(offload_min_batch(facts))
-    rpc.add_workers(placement.rpc or ())
-    machine = detect(llama.devices(), llama.version())
+    with _answering(placement.rpc or ()):
+        rpc.add_workers(placement.rpc or ())
+        machine = detect(llama.devices(), llama.version())
     return detect(llama.devices(), llama.version()) if measure_first(machine, llama.version()) else machine

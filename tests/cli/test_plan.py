@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from rich.cells import cell_len
 from tests.conftest import ROOT
 from tests.gguf_bytes import write_sparse
 from tests.model.geometries import qwen3_30b_a3b
-from tests.workers import worker
+from tests.workers import free_port, worker
 
 MACHINE = "gpu=RTX 4070:12GiB:504GB/s;ram=32GiB:60GB/s;disk=3GB/s;cores=8"
 
@@ -148,3 +152,30 @@ def test_flags_name_the_workers(qwen: Path) -> None:
     assert document["llama_args"][:2] == ["--rpc", f"127.0.0.1:{port}"] and "RPC0" in document["llama_args"][3]
     overrides = " ".join(document["llama_args"]).partition("-ot ")[2]
     assert "=RPC0," not in overrides and "=RPC0 " not in overrides
+
+
+def test_no_worker_is_one_sentence(qwen: Path) -> None:
+    done = moelocal(str(qwen), "--rpc", f"127.0.0.1:{free_port()}")
+    assert done.returncode == 1 and "No worker answers" in done.stderr and "moelocal worker --port" in done.stderr
+
+
+@pytest.mark.parametrize(("then", "said"), [("gone", "vanished"), ("mute", "does not answer")])
+def test_a_worker_that_vanishes_after_its_hello(qwen: Path, then: str, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            first, _ = server.accept()
+            first.recv(4096)
+            first.sendall(struct.pack("<Q", 28) + bytes([7, 0, 0, 0]) + bytes(24))
+            first.close()
+            while then == "mute":
+                held.append(server.accept()[0])
+            server.accept()[0].close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        start = time.monotonic()
+        done = moelocal(str(qwen), "--rpc", f"127.0.0.1:{server.getsockname()[1]}")
+        assert time.monotonic() - start < 10  # 3 s by design; the rest is for a busy machine
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
