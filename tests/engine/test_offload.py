@@ -18,6 +18,7 @@ import pytest
 from moelocal.engine.llama import offload_prompts_from
 from moelocal.engine.session import load
 from moelocal.errors import BadRequest
+from moelocal.measure.probe_model import base_model, write_probe_model
 from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header
 from moelocal.model.roles import tensor_role
@@ -178,3 +179,21 @@ def test_a_device_that_is_not_there(tiny: Tiny) -> None:
     with pytest.raises(BadRequest, match="CUDA7") as caught:
         load([path], read_header(path), plan)
     assert "CPU" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_the_predicted_order_of_placements_is_the_measured_one(tmp_path: Path) -> None:
+    """24 layers of hardly any weights: what differs is how often a token changes the device, so that the order does not
+    hang on how busy this machine is. Everything on the worker; a third of the layers' experts here; all of them."""
+    model = tmp_path / "model.gguf"
+    write_probe_model(base_model(True, 24), model)
+    with worker() as (port, _):
+        command = [sys.executable, "-m", "tests.engine.order_child", str(model), f"127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    assert len(found) == 3
+    by_prediction, by_measurement = (
+        sorted(found, key=lambda name: found[name][which]) for which in ("predicted", "measured")
+    )
+    assert by_prediction == by_measurement, found
