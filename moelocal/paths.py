@@ -3,6 +3,7 @@ people type them."""
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from moelocal.errors import BadRequest
@@ -37,6 +38,16 @@ def user_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or user_path("~") / "AppData" / "Local") / "moelocal"
     return Path(os.environ.get("XDG_DATA_HOME") or user_path("~") / ".local" / "share") / "moelocal"
+
+
+def hub_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface-hub keeps what it downloads, by its own rules, without importing it (0.2 s)."""
+    if chosen := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(os.path.expandvars(chosen)).expanduser()
+    if home := environ.get("HF_HOME"):
+        return Path(os.path.expandvars(home)).expanduser() / "hub"
+    cache = environ.get("XDG_CACHE_HOME")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "huggingface" / "hub"
 
 
 def runs_file(model: Path) -> Path:

@@ -22,8 +22,8 @@ from moelocal.cli import messages
 from moelocal.cli.options import expand
 from moelocal.errors import MoelocalError
 
-COMMANDS = ("doctor", "run", "chat", "plan", "worker")
-"""In the order of `--help`; each is a function in a module of its name."""
+COMMANDS = {name: name for name in ("doctor", "run", "chat", "plan", "worker")}
+"""In the order of `--help`: each with the module, and the function in it of the same name."""
 
 _HELP = """Run Mixture-of-Experts models larger than your graphics card.
 
@@ -42,7 +42,8 @@ def command_line(*names: str) -> typer.Typer:
     )
     app.callback(help=messages.as_typed(_HELP))(_root)
     for name in names or COMMANDS:
-        command = getattr(importlib.import_module(f"moelocal.cli.{name}"), name)
+        module = COMMANDS[name]
+        command = getattr(importlib.import_module(f"moelocal.cli.{module}"), module)
         app.command(name, cls=_Command)(bounded(expand(command)))
     return app
 

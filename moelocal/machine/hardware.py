@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moelocal.machine.cpu import count_cores, cpu_features, cpu_name
-from moelocal.machine.disk import models_folder, read_space
+from moelocal.machine.disk import read_space
 from moelocal.machine.memory import read_ram
 from moelocal.machine.speeds import Speeds, load_speeds
 from moelocal.machine.system import System
+from moelocal.paths import hub_folder
 
 
 class Cpu(NamedTuple):
@@ -103,7 +104,7 @@ def detect(
         performance_cores=cores.performance,
     )
     measured = load_speeds(identity(cpu, devices, engine)) if engine else None
-    space = read_space(models_folder()) if whole else None
+    space = read_space(hub_folder()) if whole else None
     disk = Disk(
         str(space.folder) if space else "",
         space.free_bytes if space else None,

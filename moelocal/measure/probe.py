@@ -23,7 +23,6 @@ from statistics import median
 
 from moelocal.errors import LoadFailed, MoelocalError, OutOfMemory
 from moelocal.machine.defaults import default_speeds
-from moelocal.machine.disk import models_folder
 from moelocal.machine.hardware import Device, Machine
 from moelocal.machine.speeds import DeviceSpeeds, Speeds, TypeSpeed
 from moelocal.measure.disk import random_read_bytes_per_s, writable_parent
@@ -39,6 +38,7 @@ from moelocal.measure.probe_model import (
     write_probe_model,
 )
 from moelocal.measure.readings import SHORT_PROMPT, Reading, Where, read_attention, read_speed
+from moelocal.paths import hub_folder
 from moelocal.units import format_bytes
 
 TYPES = (
@@ -226,7 +226,7 @@ class _Probe:
         return reading
 
     def _read_disk(self) -> None:
-        place = writable_parent(models_folder()) or self._folder
+        place = writable_parent(hub_folder()) or self._folder
         try:
             speed = random_read_bytes_per_s(place)
         except OSError:

@@ -5,6 +5,7 @@ Source: llama.cpp 0c1e57098, include/llama.h (llama_ftype).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from moelocal.model.ggml_types import GGML_TYPES
@@ -32,3 +33,14 @@ def quant_label(header: GGUFHeader) -> str:
     for ggml_type, _ in held.most_common(1):
         return GGML_TYPES[ggml_type].name
     return "unknown"
+
+
+# as in model-Q4_K_M.gguf, model.i1-IQ3_XS.gguf, UD-Q4_K_XL/model-00001-of-00002.gguf
+_KIND = r"I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL))*|TQ[12]_0|BF16|FP?(?:16|32)|MXFP4(?:_MOE)?|NVFP4"
+_IN_NAME = re.compile(rf"(?<![A-Za-z0-9])((?:UD-)?(?:{_KIND}))(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+def quant_in_name(file: str) -> str:
+    """The quantization that a file's name tells, in upper case, the last one if there are several; '' if none."""
+    found = _IN_NAME.findall(file)
+    return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""

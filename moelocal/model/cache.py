@@ -1,0 +1,119 @@
+"""Models in the Hugging Face cache, which the user's other tools share: read from its folders, without the library.
+
+    models--OWNER--REPO/refs/main                   the commit of the newest version
+                       /snapshots/COMMIT/FILE ->    ../../blobs/HASH, or the file itself where links are not possible
+                       /blobs/HASH                  HASH.incomplete while it is downloaded
+
+Source: huggingface_hub 1.0, docs/source/en/guides/manage-cache.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moelocal.model.reference import is_repo
+from moelocal.model.stored import Half, Stored, called, files_below, models_among, quant_of
+from moelocal.paths import hub_folder
+
+_PREFIX = "models--"
+_DEPTH = 4  # folders in a repository
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """What the cache holds of one repository: models of its newest version here, and of older ones what that lacks."""
+
+    repo: str
+    folder: Path
+    models: tuple[Stored, ...]
+    halves: tuple[Half, ...] = ()
+
+
+def hub() -> Path | None:
+    """The folder of the cache; None if nobody knows where it would be."""
+    try:
+        return hub_folder()
+    except RuntimeError:  # no home folder
+        return None
+
+
+def shelves(names: dict[str, str]) -> Iterator[Shelf]:
+    """All repositories of the cache that hold models. `names`: what to call repositories, if not by their own names."""
+    for repo, folder in sorted(_folders()):
+        shelf = read_shelf(repo, folder, names.get(repo.lower(), repo))
+        if shelf.models or shelf.halves:
+            yield shelf
+
+
+def shelf_of(repo: str, name: str = "") -> Shelf | None:
+    """What is here of one repository, in upper or lower case."""
+    place = hub()
+    if place is None:
+        return None
+    folder = place / (_PREFIX + repo.replace("/", "--"))
+    if folder.is_dir():
+        return read_shelf(repo, folder, name or repo)
+    for other, folder in _folders():
+        if other.lower() == repo.lower():
+            return read_shelf(other, folder, name or other)
+    return None
+
+
+def _folders() -> Iterator[tuple[str, Path]]:
+    place = hub()
+    try:
+        names = os.listdir(place) if place else []
+    except OSError:
+        return
+    for name in names:
+        repo = name.removeprefix(_PREFIX).replace("--", "/", 1)
+        if place and name.startswith(_PREFIX) and is_repo(repo):
+            yield repo, place / name
+
+
+def read_shelf(repo: str, folder: Path, name: str) -> Shelf:
+    """The models in one repository's folder."""
+    seen: dict[str, Stored] = {}
+    halves: dict[str, Half] = {}
+    for snapshot in snapshots(folder):
+        whole, parts = models_among(files_below(snapshot, _DEPTH))
+        for files in whole:
+            paths = tuple(snapshot / file for file in files)
+            seen.setdefault(files[0], Stored("", paths, "hub", quant_of(files[0]), repo, files[0]))
+        for half in parts:
+            halves.setdefault(half.file, half)
+    models = [seen[file] for file in sorted(seen)]
+    named = [replace(model, name=one) for model, one in zip(models, called(models, name), strict=True)]
+    return Shelf(repo, folder, tuple(named), tuple(half for file, half in halves.items() if file not in seen))
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """A repository's versions here: that of refs/main first, then the newest."""
+    try:
+        main = (folder / "refs" / "main").read_text(encoding="ascii", errors="replace").strip()[:64]
+        found = [entry for entry in os.scandir(folder / "snapshots") if entry.is_dir()]
+    except FileNotFoundError:
+        main = ""
+        try:
+            found = [entry for entry in os.scandir(folder / "snapshots") if entry.is_dir()]
+        except OSError:
+            return []
+    except OSError:
+        return []
+    found.sort(key=lambda entry: (entry.name != main, -entry.stat().st_mtime, entry.name))
+    return [Path(entry.path) for entry in found]
+
+
+def unfinished(folder: Path) -> int:
+    """Bytes of downloads in a repository's folder that have not ended."""
+    total = 0
+    try:
+        for entry in os.scandir(folder / "blobs"):
+            if entry.name.endswith(".incomplete"):
+                total += entry.stat().st_size
+    except OSError:
+        pass
+    return total
