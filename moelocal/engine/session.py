@@ -15,6 +15,7 @@ from typing import Any
 from moelocal.engine import llama
 from moelocal.engine.allocation import allocated, logged_buffers, report_differences
 from moelocal.engine.interrupt import Interrupt
+from moelocal.engine.prefault import prefaulting
 from moelocal.engine.sampling import Sampler, Sampling
 from moelocal.engine.state import StateFile
 from moelocal.engine.text import TextDecoder
@@ -59,8 +60,13 @@ def load(
         with interrupt:
             if plan.disk_bytes == 0 and plan.load_mode == "mmap":
                 warm(paths, on_progress)
-            flags = flags_of_plan(plan, header)
-            model = llama.open_model(paths, plan, flags, lambda fraction: on_progress(fraction, 1.0))
+            with prefaulting(plan.repack or plan.load_mode == "none") as allocated_now:
+
+                def on_tensor(fraction: float) -> bool:
+                    allocated_now()
+                    return on_progress(fraction, 1.0)
+
+                model = llama.open_model(paths, plan, flags_of_plan(plan, header), on_tensor)
         session = Session(model, header, plan, interrupt, time.perf_counter() - start, checkpoints)
     except BaseException:
         interrupt.close()

@@ -1,0 +1,65 @@
+"""Memory made present ahead of its use: as large as expected, contents untouched, and stopped when told."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelocal.engine.prefault import _mappings, prefaulting
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+N_BYTES = 64 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def wait_until_present(least_bytes: int) -> bool:
+    import time
+
+    deadline = time.monotonic() + 20
+    while resident_bytes() < least_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return resident_bytes() >= least_bytes
+
+
+def fresh_memory() -> mmap.mmap:
+    return mmap.mmap(-1, N_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def test_new_memory_becomes_present_with_its_contents() -> None:
+    with prefaulting() as begin:
+        memory = fresh_memory()
+        memory[:5], memory[-5:] = b"first", b"final"
+        before = resident_bytes()
+        begin()
+        begin()
+        present = wait_until_present(before + N_BYTES * 9 // 10)
+    if not present:
+        pytest.skip("this kernel does not populate memory on request")
+    assert memory[:5] == b"first" and memory[-5:] == b"final" and not any(memory[1 << 20 : 2 << 20])
+
+
+def test_what_was_there_before_and_what_nobody_asked_for_stays_as_it_is() -> None:
+    memory = fresh_memory()
+    before = resident_bytes()
+    with prefaulting() as begin:
+        begin()
+    with prefaulting(wanted=False) as begin:
+        other = fresh_memory()
+        begin()
+    with prefaulting():
+        third = fresh_memory()
+    assert resident_bytes() < before + N_BYTES // 2
+    assert len(memory) + len(other) + len(third) == 3 * N_BYTES
+
+
+def test_only_large_private_memory_counts() -> None:
+    before = _mappings()
+    with fresh_memory() as memory, mmap.mmap(-1, N_BYTES) as shared:
+        found = _mappings() - before
+        assert sum(n_bytes for _, n_bytes in found) >= N_BYTES and len(memory) == len(shared)
