@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from moelocal.cli import options as opt
-from moelocal.errors import BadRequest, MoelocalError
+from moelocal.errors import BadRequest, ModelNotFound, MoelocalError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moelocal.machine.hardware import Machine
     from moelocal.model.facts import ModelFacts
+    from moelocal.model.header import GGUFHeader
 
 _ANSWER_S = 2.5
 
@@ -37,8 +40,6 @@ def plan(
     """Show where a model would go: memory per device, predicted speed, why, and what else there is."""
     from moelocal.cli.opening import known
     from moelocal.model.facts import read_facts
-    from moelocal.model.header import read_header
-    from moelocal.model.store import resolve
     from moelocal.plan.alternatives import with_alternatives
     from moelocal.plan.planner import make_plan
 
@@ -47,12 +48,12 @@ def plan(
 
         guard()  # llama.cpp ends the process when a worker vanishes
     request = placement.request()
-    path = resolve(model)
-    facts = read_facts(read_header(path))
+    header, path = header_of(model)
+    facts = read_facts(header)
     if machine is not None and placement.rpc:
         raise BadRequest("--machine and --rpc exclude each other.", "Describe the other machine's memory with gpu=.")
-    here = _described(machine) if machine is not None else _present(facts, placement, verbose)
-    history = known(path, facts, here) if machine is None else None
+    here = _described(machine) if machine is not None else present(facts, placement, verbose)
+    history = known(path, facts, here) if machine is None and path is not None else None
     chosen = with_alternatives(facts, here, request, make_plan(facts, here, request, history), history)
     if as_json:
         print(json.dumps(chosen.as_json(facts), ensure_ascii=False))
@@ -60,6 +61,32 @@ def plan(
     from moelocal.cli.render_plan import show_plan
 
     show_plan(chosen, facts, here, sys.stdout)
+
+
+def header_of(reference: str) -> tuple[GGUFHeader, Path | None]:
+    """The header of a model, and its file; without a file when it is still on the hub.
+
+    Raises:
+        MoelocalError: there is no such model, neither here nor there, or no way to look.
+    """
+    from moelocal.cli.messages import note
+    from moelocal.model.header import read_header
+    from moelocal.model.reference import parse_reference
+    from moelocal.model.store import resolve
+
+    try:
+        path = resolve(reference, note)
+    except ModelNotFound:
+        parsed = parse_reference(reference)
+        if parsed is None or not parsed.repo or (parsed.repo.lower().endswith(".gguf") and not parsed.file):
+            raise
+    else:
+        return read_header(path), path
+    from moelocal.model.remote import open_header
+
+    header, found = open_header(reference)
+    note(f"Not on this disk yet: planned from the hub, {found}. To get it: moelocal pull {reference}")
+    return header, None
 
 
 def _described(text: str) -> Machine:
@@ -92,7 +119,8 @@ def _answering(workers: Sequence[str]) -> Iterator[None]:
         limit.cancel()
 
 
-def _present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Machine:
+def present(facts: ModelFacts, placement: opt.Placement, verbose: bool) -> Machine:
+    """This machine, with workers, measured if it never was."""
     from moelocal.cli.measuring import measure_first
     from moelocal.engine import llama, rpc
     from moelocal.machine.hardware import detect

@@ -1,0 +1,159 @@
+"""What a repository holds, and how the hub's refusals read."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from moelocal.errors import ModelNotFound
+from moelocal.model.hub import HubError, HubFile, group, list_models, pick
+from tests.hub_server import HubServer
+
+REPO = "owner/Model-GGUF"
+
+
+def files(*names: str) -> list[HubFile]:
+    return [HubFile(name, 1000 + len(name), f"{i:064x}") for i, name in enumerate(names)]
+
+
+def labels(*names: str) -> list[str]:
+    return sorted(model.label for model in group(files(*names))[0])
+
+
+def test_files_become_models_by_quantization() -> None:
+    found, incomplete = group(
+        files(
+            "README.md",
+            "Model-Q8_0.gguf",
+            "Model-UD-Q4_K_XL.gguf",
+            "Model.i1-IQ3_XS.gguf",
+            "BF16/Model-BF16-00002-of-00002.gguf",
+            "BF16/Model-BF16-00001-of-00002.gguf",
+            "UD-Q2_K_XL/Model-00001-of-00002.gguf",
+            "UD-Q2_K_XL/Model-00002-of-00002.gguf",
+            "mmproj-F16.gguf",
+            "Model.mmproj-Q8_0.gguf",
+            "imatrix_unsloth.gguf_file",
+            "Model-imatrix.gguf",
+        )
+    )
+    assert sorted(model.label for model in found) == ["BF16", "IQ3_XS", "Q8_0", "UD-Q2_K_XL", "UD-Q4_K_XL"]
+    split = next(model for model in found if model.label == "BF16")
+    assert [file.path[-19:] for file in split.files] == ["-00001-of-00002.gguf"[1:], "-00002-of-00002.gguf"[1:]]
+    assert incomplete == () and not split.is_cut
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("m.Q6_K.gguf.part1of3", "m.Q6_K.gguf.part2of3", "m.Q6_K.gguf.part3of3"),
+        ("m.Q6_K.gguf-split-a", "m.Q6_K.gguf-split-b", "m.Q6_K.gguf-split-c"),
+        ("m.Q6_K.gguf-part-a", "m.Q6_K.gguf-part-b", "m.Q6_K.gguf-part-c"),
+        ("m.Q6_K.gguf.part-00", "m.Q6_K.gguf.part-01", "m.Q6_K.gguf.part-02"),
+    ],
+)
+def test_files_cut_into_pieces(names: tuple[str, ...]) -> None:
+    (model,), incomplete = group(files(*reversed(names)))
+    assert model.is_cut and model.label == "Q6_K" and tuple(file.path for file in model.files) == names
+    assert not incomplete
+    found, incomplete = group(files(*(names[:1] if names[0].endswith("00") else names[1:])))
+    assert not found and incomplete == ("m.Q6_K",)
+
+
+def test_split_models_that_lack_a_file() -> None:
+    found, incomplete = group(files("m-Q4_0-00001-of-00003.gguf", "m-Q4_0-00003-of-00003.gguf"))
+    assert not found and incomplete == ("m-Q4_0",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../m-Q4_0.gguf", "/etc/m-Q4_0.gguf", "a/../../m-Q4_0.gguf", "a\\..\\m-Q4_0.gguf", "C:m-Q4_0.gguf", "a\nb.gguf"],
+)
+def test_hostile_names_are_not_taken(name: str) -> None:
+    assert labels(name, "good-Q4_0.gguf") == ["Q4_0"]
+
+
+def test_two_models_of_one_quantization_go_by_their_files(hub: HubServer) -> None:
+    hub.add(REPO, "a-Q4_0.gguf", b"1" * 10)
+    hub.add(REPO, "b-Q4_0.gguf", b"2" * 20)
+    listing = list_models(REPO)
+    assert [model.label for model in listing.models] == ["a-Q4_0.gguf", "b-Q4_0.gguf"]
+    with pytest.raises(ModelNotFound, match="2 models") as caught:
+        pick(listing, "Q4_0")
+    assert f"{REPO}/b-Q4_0.gguf" in caught.value.hint
+    assert pick(listing, file="b-Q4_0.gguf").n_bytes == 20
+
+
+def test_a_quantization_is_found_with_and_without_its_prefix(hub: HubServer) -> None:
+    hub.add(REPO, "m-UD-Q4_K_M.gguf", b"1")
+    hub.add(REPO, "m-UD-Q8_0.gguf", b"2")
+    hub.add(REPO, "m-Q8_0.gguf", b"3")
+    listing = list_models(REPO)
+    assert pick(listing, "q4_k_m").label == "UD-Q4_K_M"
+    assert pick(listing, "Q8_0").label == "Q8_0"
+    with pytest.raises(ModelNotFound, match="Q5_K_M") as caught:
+        pick(listing, "Q5_K_M")
+    assert "UD-Q4_K_M" in caught.value.hint and "Q8_0" in caught.value.hint
+
+
+def test_repositories_without_gguf(hub: HubServer) -> None:
+    hub.add("owner/Model", "model.safetensors", b"1")
+    hub.add("owner/notes", "README.md", b"1")
+    hub.add("owner/half", "m-Q4_0-00001-of-00002.gguf", b"1")
+    with pytest.raises(ModelNotFound) as caught:
+        list_models("owner/Model")
+    assert "moelocal convert owner/Model" in caught.value.hint
+    with pytest.raises(ModelNotFound, match="no GGUF"):
+        list_models("owner/notes")
+    with pytest.raises(ModelNotFound, match="only a part"):
+        list_models("owner/half")
+
+
+def test_refusals_in_plain_words(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    with pytest.raises(ModelNotFound, match="no repository owner/other"):
+        list_models("owner/other")
+    for status, headers, text in (
+        (403, {"X-Error-Code": "GatedRepo"}, "gated"),
+        (403, {}, "no right"),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "expired"),
+        (418, {}, "418"),
+    ):
+        hub.faults.api_status = [(status, headers)]
+        with pytest.raises(HubError, match=text) as caught:
+            list_models(REPO)
+        assert hub.endpoint in caught.value.hint and caught.value.status == status
+    hub.token = "hf_right"
+    with pytest.raises(ModelNotFound, match="or it is private"):
+        list_models(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    with pytest.raises(HubError, match="expired"):
+        list_models(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert len(list_models(REPO).models) == 1
+
+
+def test_a_busy_hub_is_asked_again(hub: HubServer) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    hub.faults.api_status = [(429, {"Retry-After": "0"}), (503, {}), (500, {})]
+    assert list_models(REPO).models and len(hub.requests) == 4
+    hub.faults.api_status = [(429, {"Retry-After": "0"})] * 9
+    with pytest.raises(HubError, match="too many requests"):
+        list_models(REPO)
+    hub.faults.api_status = [(502, {})] * 9
+    with pytest.raises(HubError, match="502"):
+        list_models(REPO)
+
+
+def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(HubError, match="cannot be reached"):
+        list_models(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        list_models(REPO)
