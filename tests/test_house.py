@@ -26,7 +26,7 @@ ROOMS = {  # each room and the rooms that it may import, besides itself and the 
 }
 ONLY_IN = {
     "llama_cpp": {"engine/llama.py", "engine/abi.py"},
-    "rich": {"cli/render.py", "cli/render_plan.py", "cli/render_doctor.py"},
+    "rich": {"cli/render.py", "cli/render_plan.py", "cli/render_doctor.py", "cli/render_models.py"},
     "prompt_toolkit": {"cli/chat_input.py"},
     "jinja2": {"engine/template.py", "engine/sandbox.py"},
 }
@@ -41,6 +41,7 @@ PURE = [
     "plan/cost.py",
     "plan/calibration.py",
     "plan/verdict.py",
+    "plan/outcome.py",
     "plan/search.py",
     "plan/fit.py",
     "plan/memory.py",

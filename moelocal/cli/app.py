@@ -22,8 +22,17 @@ from moelocal.cli import messages
 from moelocal.cli.options import expand
 from moelocal.errors import MoelocalError
 
-COMMANDS = {name: name for name in ("doctor", "run", "chat", "plan", "worker")}
-"""In the order of `--help`: each with the module, and the function in it of the same name."""
+COMMANDS = {
+    "doctor": "doctor",
+    "list": "listing",
+    "show": "show",
+    "rm": "remove",
+    "run": "run",
+    "chat": "chat",
+    "plan": "plan",
+    "worker": "worker",
+}
+"""In the order of `--help`: each with its module, which has a function of the same name."""
 
 _HELP = """Run Mixture-of-Experts models larger than your graphics card.
 

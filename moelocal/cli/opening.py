@@ -82,6 +82,7 @@ def open_model(
     Raises:
         MoelocalError: the model is not there, is damaged, does not fit, or llama.cpp refuses it.
     """
+    from moelocal.cli.messages import note
     from moelocal.engine import llama
     from moelocal.engine.interrupt import Interrupt
     from moelocal.machine.hardware import detect
@@ -93,7 +94,7 @@ def open_model(
 
     request = placement.request(one_shot)
     llama.LOG.verbose = verbose
-    path = resolve(reference)
+    path = resolve(reference, note)
     header = read_header(path)
     facts = read_facts(header)
     llama.offload_prompts_from(offload_min_batch(facts))
@@ -116,8 +117,6 @@ def open_model(
     gc.freeze()  # what starting made stays; collections look only at what comes now
     gc.enable()
     if facts.n_ctx_train and (placement.ctx or 0) > facts.n_ctx_train:
-        from moelocal.cli.messages import note
-
         note(f"The model was trained for {facts.n_ctx_train:,} tokens: beyond them its answers get worse.")
     from moelocal.engine.meter import Meter
     from moelocal.engine.prompt import make_prompter

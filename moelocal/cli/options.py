@@ -25,7 +25,10 @@ def option(name: str, text: str, metavar: str | None = None, min: int | None = N
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="demo, or the path of a .gguf file (the first one of a split model).")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="demo, a name from moelocal list, owner/repo[:QUANT], or the path of a .gguf file."
+    ),
 ]
 Json = Annotated[bool, option("--json", "One JSON document on stdout, nothing else.")]
 Verbose = Annotated[bool, option("--verbose -v", "Show llama.cpp's own log.")]

@@ -160,13 +160,18 @@ def facts_of(entry: Entry, quant: str = "Q4_K_M") -> ModelFacts:
     Raises:
         BadRequest: a quantization whose mix of types is not known here.
     """
+    return read_facts(header_of(entry, quant))
+
+
+def header_of(entry: Entry, quant: str = "Q4_K_M") -> GGUFHeader:
+    """The header that such a file would have, without a vocabulary and a template; `facts_of` for the rest."""
     quant = quant.upper()
     mix = _MIXES.get("Q8_0" if entry.quant == "MXFP4" else quant)
     if mix is None:
         raise BadRequest(
             f"The size of {entry.name} as {quant} cannot be told before it is there.", f"Known are {', '.join(_MIXES)}."
         )
-    return read_facts(_header(entry, mix, "MXFP4" if entry.quant == "MXFP4" else quant))
+    return _header(entry, mix, "MXFP4" if entry.quant == "MXFP4" else quant)
 
 
 def _header(entry: Entry, mix: _Mix, quant: str) -> GGUFHeader:

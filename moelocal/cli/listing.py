@@ -1,0 +1,168 @@
+"""`moelocal list`: the models on this disk; with `--all` the catalog, and what each model would do here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from moelocal.cli import options as opt
+from moelocal.errors import MoelocalError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moelocal.machine.hardware import Machine
+    from moelocal.model.catalog import Entry
+    from moelocal.model.facts import ModelFacts
+    from moelocal.plan.outcome import Outcome
+
+Everything = Annotated[bool, opt.option("--all", "The catalog, and what each model would do on this machine.")]
+_NO_MODELS = ("imatrix", "mmproj", "adapter", "projector")  # as general.type
+
+
+class Row(NamedTuple):
+    """One model on this disk."""
+
+    name: str
+    path: Path
+    n_bytes: int
+    quant: str
+    arch: str
+    is_moe: bool
+    owner: str
+
+
+class Offer(NamedTuple):
+    """One model of the catalog: in the quantization to get, what it would do here, and whether it is here."""
+
+    entry: Entry
+    facts: ModelFacts
+    outcome: Outcome
+    is_here: bool
+
+
+def listing(everything: Everything = False, as_json: opt.Json = False) -> None:
+    """List the models on this disk, also those of other tools; --all: those that you could get."""
+    if everything:
+        _list_catalog(as_json)
+        return
+    broken: list[MoelocalError] = []
+    rows = list(_rows(broken))
+    if as_json:
+        print(json.dumps([_as_document(row) for row in rows], ensure_ascii=False))
+    else:
+        from moelocal.cli.render_models import show_rows
+
+        show_rows(rows, sys.stdout)
+    _tell(rows, broken, as_json)
+
+
+def _rows(broken: list[MoelocalError]) -> Iterator[Row]:
+    """The demo, then what is here, by name. Files that are no usable models go to `broken`."""
+    from moelocal.model.header import read_header
+    from moelocal.model.quants import quant_label
+    from moelocal.model.roles import tensor_role
+    from moelocal.model.store import DEMO, models_here
+    from moelocal.model.stored import OWNERS, Stored
+
+    demo = Stored("demo", (DEMO,), "moelocal")
+    for model in (demo, *sorted(models_here(), key=lambda model: model.name.lower())):
+        try:
+            header = read_header(model.path)
+        except MoelocalError as error:
+            broken.append(error)
+            continue
+        arch = str(header.metadata.get("general.architecture", "unknown"))
+        if arch == "clip" or str(header.metadata.get("general.type")) in _NO_MODELS:
+            continue
+        is_moe = any(tensor_role(tensor.name)[1] == "routed_expert" for tensor in header.tensors)
+        quant = model.quant or quant_label(header)
+        yield Row(model.name, model.path, header.file_bytes, quant, arch, is_moe, OWNERS[model.owner])
+
+
+def _as_document(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "path": str(row.path),
+        "bytes": row.n_bytes,
+        "quant": row.quant,
+        "arch": row.arch,
+        "moe": row.is_moe,
+    }
+
+
+def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
+    """What is here only in part, or damaged; and where there is more."""
+    from moelocal.cli.messages import dim, note
+    from moelocal.model.cache import shelves, unfinished
+    from moelocal.units import format_bytes
+
+    for error in broken:
+        note(f"Left out: {error.message}")
+    for shelf in shelves({}):
+        if n_bytes := unfinished(shelf.folder):
+            note(f"Left out: {shelf.repo} is downloaded in part ({format_bytes(n_bytes)}): moelocal pull {shelf.repo}")
+        elif shelf.halves:
+            note(f"Left out: {shelf.repo} lacks {len(shelf.halves[0].missing)} files of {shelf.halves[0].file}.")
+    if not as_json and len(rows) == 1:
+        dim("Nothing else is here yet. What would run well on this machine: moelocal list --all")
+
+
+def _list_catalog(as_json: bool) -> None:
+    from moelocal.cli.messages import dim
+    from moelocal.plan.cost import device_speeds
+
+    machine = here()
+    offers = _offers(machine)
+    if as_json:
+        print(json.dumps([_offer_document(offer) for offer in offers], ensure_ascii=False))
+        return
+    from moelocal.cli.render_models import show_offers
+
+    show_offers(offers, bool(machine.gpus), sys.stdout)
+    guessed = not all(device_speeds(machine, device).measured for device in machine.devices)
+    speeds = "defaults; moelocal doctor --probe measures them" if guessed else "those measured here"
+    dim(f"Predicted for the memory that is free now, from speeds that are {speeds}.")
+    dim("To get one: moelocal pull NAME. All about one: moelocal show NAME")
+
+
+def here() -> Machine:
+    """This machine, with the speeds that were measured on it."""
+    from moelocal.engine import llama
+    from moelocal.machine.hardware import detect
+
+    return detect(llama.devices(), llama.version())
+
+
+def _offers(machine: Machine) -> Iterator[Offer]:
+    """The catalog, smallest first, each model when it has been weighed."""
+    from moelocal.model.cache import shelves
+    from moelocal.model.catalog import entries, facts_of
+    from moelocal.plan.outcome import outcome
+
+    held = {shelf.repo.lower() for shelf in shelves({}) if shelf.models}
+    for entry in entries():
+        facts = facts_of(entry, entry.quant)
+        yield Offer(entry, facts, outcome(facts, machine), entry.repo.lower() in held)
+
+
+def _offer_document(offer: Offer) -> dict[str, Any]:
+    entry, found = offer.entry, offer.outcome
+    return {
+        "name": entry.name,
+        "repo": entry.repo,
+        "arch": entry.arch,
+        "total_params": entry.total_params,
+        "active_params": entry.active_params,
+        "licence": entry.licence,
+        "n_ctx": entry.n_ctx,
+        "good_at": entry.good_at,
+        "quant": entry.quant,
+        "bytes": offer.facts.total_bytes,
+        "here": found.kind,
+        "decode_per_s": None if found.decode_per_s is None else round(found.decode_per_s, 2),
+        "disk_bytes": found.disk_bytes,
+        "downloaded": offer.is_here,
+    }

@@ -1,0 +1,88 @@
+"""`moelocal rm`: a model's files removed, after asking."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moelocal.cli import options as opt
+from moelocal.errors import BadRequest, ModelNotFound, MoelocalError
+
+if TYPE_CHECKING:
+    from moelocal.model.removal import Removal
+    from moelocal.model.stored import Stored
+
+Stay = Annotated[str, typer.Argument(metavar="MODEL", help="A name from: moelocal list")]
+
+
+def remove(
+    model: Stay,
+    yes: Annotated[bool, opt.option("--yes -y", "Do not ask.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Remove a model from this disk. Asks first; other tools' models are left alone."""
+    from moelocal.model.removal import plan_removal
+    from moelocal.model.removal import remove as remove_files
+    from moelocal.units import format_bytes
+
+    try:
+        removal = plan_removal(_stored(model))
+    except OSError as error:
+        raise MoelocalError(f"{model} cannot be removed: {error.strerror}.", "See: moelocal list") from error
+    if not yes:
+        _ask(removal)
+    remove_files(removal)
+    if as_json:
+        files = [str(path) for path in removal.entries]
+        print(json.dumps({"name": removal.name, "freed_bytes": removal.freed_bytes, "files": files}))
+        return
+    print(f"Removed {removal.name}: {format_bytes(removal.freed_bytes)} are free.")
+
+
+def _stored(model: str) -> Stored:
+    """The model that is meant, if it may be removed at all.
+
+    Raises:
+        BadRequest: the demo, or a file that nobody gave to the store.
+        ModelNotFound: nothing here is called so.
+    """
+    from moelocal.model.store import models_here, resolve
+
+    if model == "demo":
+        raise BadRequest("The demo is part of moelocal.", "It goes with it: pipx uninstall moelocal")
+    path = resolve(model)
+    for one in models_here():
+        if path in one.files or (path.exists() and any(path.samefile(file) for file in one.files)):
+            return one
+    if path.exists() or path.is_symlink():
+        raise BadRequest(
+            f"{path} is a file of yours and not in the store, so it is left alone.", f"To remove it: rm '{path}'"
+        )
+    raise ModelNotFound(f"There is no file {path}.", "What is here: moelocal list")
+
+
+def _ask(removal: Removal) -> None:
+    """Lets a person decide.
+
+    Raises:
+        BadRequest: there is nobody to ask.
+        SystemExit: the answer was no.
+    """
+    from moelocal.cli.messages import note
+    from moelocal.units import format_bytes
+
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise BadRequest(
+            f"{removal.name} would be removed, but nobody can be asked.", f"Say so: moelocal rm {removal.name} --yes"
+        )
+    n = len({path.name for path in removal.entries})
+    note(f"{removal.name}: {n} {'file' if n == 1 else 'files'} in {removal.top}")
+    if removal.shared_bytes:
+        note(f"{format_bytes(removal.shared_bytes)} of it stay, since other files here share them.")
+    print(f"Remove it and free {format_bytes(removal.freed_bytes)}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        note("Nothing was removed.")
+        raise SystemExit(1)
