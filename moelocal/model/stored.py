@@ -119,10 +119,18 @@ def _walk(folder: str, prefix: str, depth: int) -> Iterator[str]:
         try:
             if entry.is_file():
                 yield prefix + entry.name
-            elif depth > 1 and entry.is_dir() and not entry.name.startswith("."):
+            elif depth > 1 and entry.is_dir() and not entry.name.startswith(".") and not _leads_up(entry):
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", depth - 1)
         except OSError:
             continue
+
+
+def _leads_up(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a link to a folder that it is in."""
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(entry.path))]) == target
 
 
 def called(models: list[Stored], base: str, quant: str = "") -> list[str]:
