@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from moelocal.errors import ModelNotFound, MoelocalError
 from moelocal.model.quants import quant_in_name
 from moelocal.model.reference import is_safe
+from moelocal.model.stored import is_model
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 # model.gguf.part1of3, model.gguf-split-a, model.gguf.part-00: one GGUF file cut into pieces, to be joined again
@@ -27,7 +28,6 @@ _PIECE = re.compile(
     r"(?P<stem>.*)\.gguf(?:[.-]part(?P<number>\d+)of(?P<count>\d+)|[.-](?:split|part)-?(?P<letter>[a-z]|\d{1,3}))",
     re.IGNORECASE | re.DOTALL,
 )
-_NO_MODEL = re.compile(r"(?:^|[-._/])(?:mmproj|imatrix|ggml-vocab)(?:[-._/]|$)", re.IGNORECASE)
 _LEAST_WAIT_S, _MOST_WAIT_S = 0.5, 60.0
 _TRIES = 5
 _TIMEOUT_S = 20.0
@@ -160,17 +160,17 @@ def group(files: list[HubFile]) -> tuple[tuple[HubModel, ...], tuple[str, ...]]:
     """
     sets: dict[tuple[str, int, bool], dict[int, HubFile]] = {}
     for file in files:
-        name = file.path.rpartition("/")[2]
-        if not is_safe(file.path) or _NO_MODEL.search(name):
+        piece = _PIECE.fullmatch(file.path)
+        if not is_safe(file.path) or not is_model(f"{piece['stem']}.gguf" if piece else file.path):
             continue
         if match := _SHARD.fullmatch(file.path):
             key = match["stem"], int(match["count"]), False
             sets.setdefault(key, {})[int(match["number"]) - 1] = file
         elif file.path.lower().endswith(".gguf"):
             sets[file.path[:-5], 1, False] = {0: file}
-        elif match := _PIECE.fullmatch(file.path):
-            key = match["stem"], int(match["count"] or 0), True
-            sets.setdefault(key, {})[_piece_number(match)] = file
+        elif piece:
+            key = piece["stem"], int(piece["count"] or 0), True
+            sets.setdefault(key, {})[_piece_number(piece)] = file
     models, incomplete = [], []
     for (stem, count, is_cut), found in sets.items():
         first = min(found)
