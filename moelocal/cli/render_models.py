@@ -27,7 +27,7 @@ _STYLES: dict[Kind, str] = {
     "too large": "dim",
 }
 _NAME_CELLS = 25  # the longest of the catalog, and two for the mark
-_WIDE = 75  # cells of a row, without what the model is good at
+_WIDE = 74  # cells of a row, without what the model is good at
 _LEAST_TEXT = 16
 
 
@@ -88,7 +88,7 @@ def show_offers(offers: Iterable[Offer], has_gpu: bool, out: TextIO) -> None:
 def _offer_line(cells: tuple[str, str, str, str, str], is_wide: bool) -> str:
     name, size, params, kind, rate = cells
     middle = f"{params:<12}  " if is_wide else ""
-    return f"{set_cell_size(name, _NAME_CELLS)}  {size:>8}  {middle}{kind:<14}  {rate:>8}"
+    return f"{set_cell_size(name, _NAME_CELLS)} {size:>8}  {middle}{kind:<14}  {rate:>8}"
 
 
 def _count(n: int) -> str:

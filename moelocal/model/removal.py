@@ -116,7 +116,7 @@ def _tidy(folder: Path) -> None:
             ref = folder / "refs" / name
             if ref.read_text(encoding="ascii", errors="replace").strip() not in commits:
                 ref.unlink()
-        if not commits and not any((folder / "blobs").iterdir()):
+        if not commits and not files_below(folder / "blobs"):
             shutil.rmtree(folder)
     except OSError:
         pass  # the model is gone; what is left is a few bytes

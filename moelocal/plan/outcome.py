@@ -2,7 +2,7 @@
 
     outcome(facts, machine)      # Outcome("experts in RAM", 55.9, 0)
 
-One setting is weighed, not all that `make_plan` may choose from: a whole catalog takes about a second.
+Only one ubatch is weighed, which changes prompts more than answers: a whole catalog takes a second or two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moelocal.plan.request import PlanRequest
 from moelocal.units import format_bytes
 
 Kind = Literal["fits the GPU", "experts in RAM", "in RAM", "needs disk", "too large"]
-_REQUEST = PlanRequest(kv_type="f16", n_ubatch=512)
+_REQUEST = PlanRequest(n_ubatch=512)
 _LEAST_PER_S = 0.1  # ten seconds a token: nobody waits for an answer at that speed
 
 
