@@ -41,10 +41,11 @@ def hub() -> Path | None:
 
 
 def shelves(names: dict[str, str]) -> Iterator[Shelf]:
-    """All repositories of the cache that hold models. `names`: what to call repositories, if not by their own names."""
+    """All repositories of the cache that hold models, or parts of some. `names`: what to call repositories, if not by
+    their own names."""
     for repo, folder in sorted(_folders()):
         shelf = read_shelf(repo, folder, names.get(repo.lower(), repo))
-        if shelf.models or shelf.halves:
+        if shelf.models or shelf.halves or ("gguf" in repo.lower() and unfinished(folder)):
             yield shelf
 
 

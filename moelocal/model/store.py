@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moelocal.errors import BadRequest, ModelNotFound
-from moelocal.paths import user_home, user_path
+from moelocal.paths import hub_folder, user_home, user_path
 
 if TYPE_CHECKING:
     from moelocal.model.cache import Shelf
@@ -37,7 +37,7 @@ def resolve(reference: str, tell: Callable[[str], None] = _silent) -> Path:
 
     Raises:
         ModelNotFound: with the next thing to type.
-        BadRequest: a name that no file can have, or one that leads out of its repository.
+        BadRequest: a name that no file can have, one that leads out of its repository, or that several models have.
     """
     if reference == "demo":
         return DEMO
@@ -50,7 +50,7 @@ def resolve(reference: str, tell: Callable[[str], None] = _silent) -> Path:
     except OSError as error:
         raise ModelNotFound(f"The model {shown!r} cannot be looked at: {error.strerror}.", _TRY) from error
     if exists and not is_folder:
-        _tell_of_namesake(reference, path, tell)
+        _tell_of_namesake(reference, tell)
         return path
     parsed = None if _is_plainly_a_path(reference) else _parsed(reference, shown)
     if parsed is not None and (model := find_stored(parsed)) is not None:
@@ -66,7 +66,8 @@ def find_stored(reference: Reference) -> Stored | None:
     """The model here that a reference means; None: there is none, in no quantization.
 
     Raises:
-        ModelNotFound: there is something of it, but not this, not all of it, or more than one.
+        ModelNotFound: there is something of it, but not this, or not all of it.
+        BadRequest: it could be one of several.
     """
     from moelocal.model.cache import shelf_of
     from moelocal.model.others import lmstudio_models, ollama_model
@@ -94,7 +95,7 @@ def _chosen(reference: Reference, models: list[Stored]) -> Stored | None:
     """The one that is meant, of a repository's models here.
 
     Raises:
-        ModelNotFound: several could be.
+        BadRequest: several could be.
     """
     if reference.file:
         name = reference.file.lower()
@@ -107,7 +108,7 @@ def _chosen(reference: Reference, models: list[Stored]) -> Stored | None:
     fits = [model for model in models if model.quant == preferred] or models
     if len({model.name for model in fits}) > 1:
         names = [model.name for model in models]
-        raise ModelNotFound(f"{reference.shown} is here more than once.", f"Say which: {_list_of(names)}")
+        raise BadRequest(f"{reference.shown} is here more than once.", f"Say which: {_list_of(names)}")
     return fits[0] if fits else None
 
 
@@ -185,18 +186,28 @@ def _parsed(reference: str, shown: str) -> Reference | None:
         raise BadRequest(f"There is no file {shown}; of the hub's, {error.message}", error.hint) from error
 
 
-def _tell_of_namesake(reference: str, path: Path, tell: Callable[[str], None]) -> None:
-    """Says so when a file is taken whose name a model has too. Looks at one folder, and only for names like models'."""
-    if _is_plainly_a_path(reference) or (reference.endswith(".gguf") and reference.count("/") != 2):
+def _tell_of_namesake(reference: str, tell: Callable[[str], None]) -> None:
+    """Says so when a file is taken whose name a model has too. Cheap: looks at one folder, and only for such names."""
+    parts = reference.split("/")
+    if _is_plainly_a_path(reference) or (reference.endswith(".gguf") and len(parts) != 3):
         return
-    from moelocal.model.cache import shelf_of
+    if len(parts) == 1:
+        from moelocal.model.catalog import find
 
+        entry = find(reference.partition(":")[0])
+        repo = entry.repo if entry else ""
+    else:
+        repo = f"{parts[0]}/{parts[1].partition(':')[0]}"
+        repo = repo if len(parts) <= 3 and _is_cached(repo) else ""
+    if repo:
+        tell(f"{reference} is taken as the file of that name; the model is {repo}.")
+
+
+def _is_cached(repo: str) -> bool:
     try:
-        parsed = _parsed(reference, reference)
-    except BadRequest:
-        return
-    if parsed is not None and parsed.repo and (parsed.entry or shelf_of(parsed.repo) is not None):
-        tell(f"{reference} is taken as the file of that name; the model is {parsed.repo}.")
+        return (hub_folder() / f"models--{repo.replace('/', '--')}").is_dir()
+    except (OSError, RuntimeError):
+        return False
 
 
 def _beside(folder: Path) -> list[str]:

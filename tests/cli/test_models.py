@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,16 @@ def test_list_tells_what_it_leaves_out(places: Places) -> None:
     places.cached("o/web", "m-Q4_K_M.gguf", b"<!doctype html>")
     places.cached("o/half", "m-Q4_K_M.gguf", tiny_model(seed=1))
     (places.hub / "models--o--half" / "blobs" / ("a" * 64 + ".incomplete")).write_bytes(bytes(3 << 20))
+    begun = places.hub / "models--o--begun-GGUF" / "blobs"
+    begun.mkdir(parents=True)
+    (begun / ("a" * 64 + ".incomplete")).write_bytes(bytes(1 << 20))
     places.cached("o/vision", "mmproj-F16.gguf", tiny_model(seed=2))
     done = run("list")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["Model", "demo", "o/half:Q4_K_M"]
     assert "web page" in done.stderr and "ends before" in done.stderr
     assert "o/half is downloaded in part (3.0 MiB)" in done.stderr and "mmproj" not in done.stderr
+    assert "o/begun-GGUF is downloaded in part" in done.stderr
 
 
 def test_an_empty_disk_says_where_to_look(places: Places) -> None:
@@ -125,7 +130,7 @@ def test_the_catalog_fits_the_terminal(places: Places, width: int, monkeypatch: 
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(out, "isatty", lambda: True)
-    show_offers(list(_offers(machine))[::6], True, out)
+    show_offers(list(islice(_offers(machine), 12)), True, out)
     lines = re.sub(r"\x1b\[\d*m", "", out.getvalue()).splitlines()
     assert all(cell_len(line) <= width for line in lines), lines
     assert "granite-3.1-1b-a400m" in lines[1] and "fits the GPU" in lines[1]
@@ -190,6 +195,9 @@ def test_rm(places: Places) -> None:
     done = run("rm", "o/r:Q4_K_M", "--yes", "--json")
     assert json.loads(done.stdout)["freed_bytes"] == len(tiny_model())
     assert [row["name"] for row in listed()] == ["demo", "o/r:Q8_0"]
+    places.cached("o/r", "m-Q6_K.gguf", tiny_model(seed=3))
+    refused(run("rm", "o/r", "--yes"), 2, "Say which: o/r:Q6_K, o/r:Q8_0")
+    run("rm", "o/r:Q6_K", "--yes")
     assert "free" in run("rm", "o/r", "--yes").stdout
     refused(run("rm", "o/r", "--yes"), 1, "not on this disk")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,8 +125,9 @@ def test_a_typo_gets_the_closest_names(places: Places) -> None:
 def test_several_that_could_be_meant(places: Places) -> None:
     places.cached("o/r", "m-Q8_0.gguf", tiny_model(seed=1))
     places.cached("o/r", "m-Q6_K.gguf", tiny_model(seed=2))
-    error = refusal("o/r")
-    assert "more than once" in error.message and "o/r:Q6_K" in error.hint and "o/r:Q8_0" in error.hint
+    with pytest.raises(BadRequest, match="more than once") as caught:
+        resolve("o/r")
+    assert "o/r:Q6_K" in caught.value.hint and "o/r:Q8_0" in caught.value.hint
     link = places.cached("o/r", "m-Q4_K_M.gguf", tiny_model(seed=3))
     assert resolve("o/r") == link
 
@@ -153,6 +155,19 @@ def test_a_folder_does_not_hide_a_repository(places: Places) -> None:
     Path("o/r").mkdir(parents=True)
     assert resolve("o/r") == link
     assert "is a folder" in refusal("o").message
+
+
+def test_a_path_is_taken_without_a_look_at_the_catalog_or_a_cache(places: Places) -> None:
+    code = (
+        "import os, sys\nfrom moelocal.model.store import resolve\n"
+        "os.scandir = os.listdir = None\nprint(resolve('a.gguf'), resolve('x/y/a.gguf'), resolve('demo').name)\n"
+        "print('moelocal.model.catalog' in sys.modules)"
+    )
+    Path("x/y").mkdir(parents=True)
+    for name in ("a.gguf", "x/y/a.gguf"):
+        shutil.copy(DEMO, name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["a.gguf", "x/y/a.gguf", "demo.gguf", "False"]
 
 
 def test_nothing_outside_of_the_store(places: Places) -> None:
