@@ -105,6 +105,7 @@ class Session:
         self._checkpoint: tuple[list[int], Any] | None = None
         self._token = (ctypes.c_int32 * 1)()
         self._piece = ctypes.create_string_buffer(1024)
+        self._pieces: dict[int, tuple[bytes, bool]] = {}  # of tokens that were generated
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,12 @@ class Session:
             self._piece = ctypes.create_string_buffer(-n)
             return self.token_bytes(token, special)
         return self._piece.raw[:n]
+
+    def _learn(self, token: int) -> tuple[bytes, bool]:
+        """A token's text, empty for control tokens, and whether it ends an answer; not asked for twice."""
+        piece = self.token_bytes(token, special=False), bool(self._low.llama_vocab_is_eog(self._vocab, token))
+        self._pieces[token] = piece
+        return piece
 
     def token_text(self, token: int) -> str:
         """A token's text, control tokens included."""
@@ -304,16 +311,17 @@ class Session:
                 out = TextDecoder(sampling.stop)
                 limit = min(sampling.max_tokens or self._n_ctx, self._n_ctx)
                 context, decode, cached = self._context, self._decode, self.cached
-                is_eog, vocab, sample = self._low.llama_vocab_is_eog, self._vocab, sampler.sample
+                pieces, sample = self._pieces, sampler.sample
                 batch = self._low.llama_batch_get_one(self._token, 1)
                 while finish is None:
                     token = sample(context)
                     generated += 1
                     first_at = first_at or time.perf_counter()
-                    if is_eog(vocab, token) or token in stop_tokens:
+                    data, is_end = pieces.get(token) or self._learn(token)
+                    if is_end or token in stop_tokens:
                         token, finish = None, "stop"
                         break
-                    text = out.feed(self.token_bytes(token, token in visible))
+                    text = out.feed(self.token_bytes(token) if token in visible else data)
                     if out.stopped:
                         finish = "stop"
                     elif generated >= limit or len(cached) >= self._n_ctx:

@@ -18,7 +18,8 @@ class TextDecoder:
 
     def feed(self, data: bytes) -> str:
         """The text that became certain."""
-        text = self._utf8.decode(data)
+        is_whole = data.isascii() and not self._utf8.getstate()[0]
+        text = data.decode() if is_whole else self._utf8.decode(data)
         return self._release(text) if self._stop and text else text
 
     def flush(self) -> str:
