@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moelocal.cli import options as opt
+from moelocal.cli.screen import harmless
 from moelocal.errors import BadRequest, ModelNotFound, MoelocalError
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def remove(
         files = [str(path) for path in removal.entries]
         print(json.dumps({"name": removal.name, "freed_bytes": removal.freed_bytes, "files": files}))
         return
-    print(f"Removed {removal.name}: {format_bytes(removal.freed_bytes)} are free.")
+    print(f"Removed {harmless(removal.name)}: {format_bytes(removal.freed_bytes)} are free.")
 
 
 def _stored(model: str) -> Stored:
@@ -49,13 +52,19 @@ def _stored(model: str) -> Stored:
         BadRequest: the demo, or a file that nobody gave to the store.
         ModelNotFound: nothing here is called so.
     """
-    from moelocal.model.store import models_here, resolve
+    from moelocal.model.store import all_names, resolve
 
     if model == "demo":
         raise BadRequest("The demo is part of moelocal.", "It goes with it: pipx uninstall moelocal")
     path = resolve(model)
-    for one in models_here():
-        if path in one.files or (path.exists() and any(path.samefile(file) for file in one.files)):
+    named = path.absolute()
+    real = None if path.is_symlink() else os.path.realpath(path)  # someone's link to a model is not that model
+    candidates = list(all_names())
+    for one in candidates:
+        if named in map(Path.absolute, one.files):
+            return one
+    for one in candidates:
+        if real is not None and real in map(os.path.realpath, one.files):
             return one
     if path.exists() or path.is_symlink():
         raise BadRequest(

@@ -7,7 +7,7 @@ Ollama keeps a manifest for each name and its layers as blobs; the layer of type
 
 LM Studio keeps files as the hub does: models/OWNER/REPO/FILE.gguf.
 
-Source: ollama 0.12, types/model/name.go and server/manifest.go; lmstudio-ai/lms, src/findLMStudioHome.ts.
+Source: ollama 5c0caaff8, types/model/name.go, manifest/paths.go; lmstudio-ai/lms 3cc02018, src/modelsFolder.ts.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,15 +133,8 @@ def _other_than_asked(reference: Reference, models: list[Stored], shelf: Shelf |
 
 def models_here() -> Iterator[Stored]:
     """Every model on this disk that has a name, each file once: made here, downloaded, of other tools; not the demo."""
-    from moelocal.model.cache import shelves
-    from moelocal.model.catalog import entries
-    from moelocal.model.others import lmstudio_models, ollama_models
-
-    names = {entry.repo.lower(): entry.name for entry in entries()}
     seen: set[tuple[int, int]] = set()
-    of_the_hub = (model for shelf in shelves(names) for model in shelf.models)
-    sources: tuple[Iterable[Stored], ...] = (made_here(), of_the_hub, lmstudio_models(names), ollama_models())
-    for model in (model for source in sources for model in source):
+    for model in all_names():
         try:
             status = model.path.stat()
         except OSError:
@@ -149,6 +142,20 @@ def models_here() -> Iterator[Stored]:
         if (status.st_dev, status.st_ino) not in seen:
             seen.add((status.st_dev, status.st_ino))
             yield model
+
+
+def all_names() -> Iterator[Stored]:
+    """The same, under every name that a file has."""
+    from moelocal.model.cache import shelves
+    from moelocal.model.catalog import entries
+    from moelocal.model.others import lmstudio_models, ollama_models
+
+    names = {entry.repo.lower(): entry.name for entry in entries()}
+    yield from made_here()
+    for shelf in shelves(names):
+        yield from shelf.models
+    yield from lmstudio_models(names)
+    yield from ollama_models()
 
 
 def made_folder() -> Path:

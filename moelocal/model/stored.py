@@ -45,11 +45,6 @@ class Stored:
         """The file to give to llama.cpp."""
         return self.files[0]
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.stat().st_size for file in self.files)
-
 
 class Half(NamedTuple):
     """A split model of which shards are missing: their names."""

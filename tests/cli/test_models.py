@@ -213,6 +213,20 @@ def test_rm_leaves_alone_what_is_not_the_stores(places: Places) -> None:
     assert Path("mine.gguf").exists() and blob.exists() and DEMO.exists()
 
 
+def test_rm_takes_the_model_that_was_named(places: Places) -> None:
+    link = places.cached("o/r", "m-Q4_K_M.gguf", tiny_model())
+    other = places.lmstudio / "o" / "copy" / "m-Q4_K_M.gguf"
+    other.parent.mkdir(parents=True)
+    other.symlink_to(link.resolve())
+    refused(run("rm", "o/copy", "--yes"), 2, "LM Studio")
+    Path("mine.gguf").symlink_to(link)
+    os.link(link.resolve(), "also-mine.gguf")
+    refused(run("rm", "mine.gguf", "--yes"), 2, "a file of yours")
+    refused(run("rm", "also-mine.gguf", "--yes"), 2, "a file of yours")
+    assert link.exists()
+    assert run("rm", str(link.resolve()), "--yes").returncode == 0 and not link.exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("\n", 1), ("n\n", 1)])
 def test_rm_asks(places: Places, answer: str, status: int) -> None:
