@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moelocal.machine.hardware import Machine
+    from moelocal.model.cache import Shelf
     from moelocal.model.catalog import Entry
     from moelocal.model.facts import ModelFacts
     from moelocal.plan.outcome import Outcome
@@ -103,11 +104,18 @@ def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
         note(f"Left out: {error.message}")
     for shelf in shelves({}):
         if n_bytes := unfinished(shelf.folder):
-            note(f"Left out: {shelf.repo} is downloaded in part ({format_bytes(n_bytes)}): moelocal pull {shelf.repo}")
+            note(f"Left out: {shelf.repo} is downloaded in part ({format_bytes(n_bytes)}).{_what_next(shelf)}")
         elif shelf.halves:
-            note(f"Left out: {shelf.repo} lacks {len(shelf.halves[0].missing)} files of {shelf.halves[0].file}.")
+            half = shelf.halves[0]
+            note(f"Left out: {shelf.repo} lacks {len(half.missing)} files of {half.file}.{_what_next(shelf)}")
     if not as_json and len(rows) == 1:
         dim("Nothing else is here yet. What would run well on this machine: moelocal list --all")
+
+
+def _what_next(shelf: Shelf) -> str:
+    """How to get the rest of a model, and how to be rid of it."""
+    go_on = f" To go on: moelocal pull {shelf.repo}"
+    return go_on if shelf.models else f"{go_on}, to free the space: moelocal rm {shelf.repo}"
 
 
 def _list_catalog(as_json: bool) -> None:

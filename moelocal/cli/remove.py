@@ -32,17 +32,29 @@ def remove(
     from moelocal.units import format_bytes
 
     try:
-        removal = plan_removal(_stored(model))
+        removal = _leftovers(model) or plan_removal(_stored(model))
     except OSError as error:
         raise MoelocalError(f"{model} cannot be removed: {error.strerror}.", "See: moelocal list") from error
     if not yes:
-        _ask(removal)
+        _ask(model, removal)
     remove_files(removal)
     if as_json:
-        files = [str(path) for path in removal.entries]
+        files = [str(path) for path in removal.entries or removal.blobs]
         print(json.dumps({"name": removal.name, "freed_bytes": removal.freed_bytes, "files": files}))
         return
     print(f"Removed {harmless(removal.name)}: {format_bytes(removal.freed_bytes)} are free.")
+
+
+def _leftovers(model: str) -> Removal | None:
+    """What a download that never ended has left of a repository, if nothing else is here of it."""
+    from moelocal.model.cache import shelf_of
+    from moelocal.model.reference import parse_reference
+    from moelocal.model.removal import plan_leftovers
+
+    if os.path.exists(model) or (parsed := parse_reference(model)) is None or not parsed.repo or parsed.file:
+        return None
+    shelf = shelf_of(parsed.repo)
+    return None if shelf is None or shelf.models else plan_leftovers(shelf)
 
 
 def _stored(model: str) -> Stored:
@@ -73,7 +85,7 @@ def _stored(model: str) -> Stored:
     raise ModelNotFound(f"There is no file {path}.", "What is here: moelocal list")
 
 
-def _ask(removal: Removal) -> None:
+def _ask(model: str, removal: Removal) -> None:
     """Lets a person decide.
 
     Raises:
@@ -85,9 +97,9 @@ def _ask(removal: Removal) -> None:
 
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
-            f"{removal.name} would be removed, but nobody can be asked.", f"Say so: moelocal rm {removal.name} --yes"
+            f"{removal.name} would be removed, but nobody can be asked.", f"Say so: moelocal rm {model} --yes"
         )
-    n = len({path.name for path in removal.entries})
+    n = len({path.name for path in removal.entries or removal.blobs})
     note(f"{removal.name}: {n} {'file' if n == 1 else 'files'} in {removal.top}")
     if removal.shared_bytes:
         note(f"{format_bytes(removal.shared_bytes)} of it stay, since other files here share them.")

@@ -108,13 +108,30 @@ def snapshots(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in found]
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Blobs in a repository's folder that no version names: downloads that have not ended, or not all of a model."""
+    named = set()
+    for snapshot in snapshots(folder):
+        named |= {os.path.realpath(snapshot / file) for file in files_below(snapshot)}
+    return [
+        folder / "blobs" / file
+        for file in files_below(folder / "blobs", depth=1)
+        if os.path.realpath(folder / "blobs" / file) not in named
+    ]
+
+
 def unfinished(folder: Path) -> int:
-    """Bytes of downloads in a repository's folder that have not ended."""
+    """Bytes on the disk that leftovers take."""
     total = 0
-    try:
-        for entry in os.scandir(folder / "blobs"):
-            if entry.name.endswith(".incomplete"):
-                total += entry.stat().st_size
-    except OSError:
-        pass
+    for path in leftovers(folder):
+        try:
+            total += allocated(path.stat())
+        except OSError:
+            continue
     return total
+
+
+def allocated(status: os.stat_result) -> int:
+    """Bytes that a file takes on the disk: one that is being written may have gaps."""
+    blocks = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else min(status.st_size, blocks * 512)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moelocal.errors import BadRequest, MoelocalError
-from moelocal.model.cache import snapshots
-from moelocal.model.stored import Stored, files_below
+from moelocal.model.cache import Shelf, allocated, leftovers, snapshots
+from moelocal.model.stored import Stored, files_below, stem_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,25 @@ def _from_cache(model: Stored) -> Removal:
     return Removal(model.name, tuple(gone), blobs, freed, shared, folder)
 
 
+def plan_leftovers(shelf: Shelf) -> Removal | None:
+    """What would go of a repository that is here only in part: all that is no whole model; None: there is nothing."""
+    stems = {stem_of(half.file) for half in shelf.halves}
+    entries = [
+        snapshot / file
+        for snapshot in snapshots(shelf.folder)
+        for file in files_below(snapshot)
+        if file.lower().endswith(".gguf") and stem_of(file) in stems
+    ]
+    inside = (shelf.folder / "blobs").resolve()
+    behind = {path.resolve() for path in entries if path.is_symlink()}
+    blobs = (*leftovers(shelf.folder), *(blob for blob in behind if blob.parent == inside))
+    if not entries and not blobs:
+        return None
+    going = (*blobs, *(path for path in entries if not path.is_symlink()))
+    freed, shared = _freed(going, going)
+    return Removal(f"what is here of {shelf.repo}", tuple(entries), blobs, freed, shared, shelf.folder)
+
+
 def _freed(going: Iterable[Path], all_of_it: Iterable[Path]) -> tuple[int, int]:
     """Bytes on the disk that are free once files are gone, and those of the model that are not."""
     names: Counter[tuple[int, int]] = Counter()
@@ -78,9 +97,7 @@ def _freed(going: Iterable[Path], all_of_it: Iterable[Path]) -> tuple[int, int]:
         for path in dict.fromkeys(paths):
             status = path.stat()
             key = status.st_dev, status.st_ino
-            held = getattr(status, "st_blocks", None)
-            n_bytes = status.st_size if held is None else min(status.st_size, held * 512)
-            sizes[key] = n_bytes, status.st_nlink
+            sizes[key] = allocated(status), status.st_nlink
             names[key] += is_going
     freed = sum(n_bytes for key, (n_bytes, n_links) in sizes.items() if names[key] >= n_links)
     return freed, sum(n_bytes for n_bytes, _ in sizes.values()) - freed
@@ -101,7 +118,7 @@ def remove(removal: Removal) -> None:
     except OSError as error:
         hint = "If another user downloaded it, that user must remove it; a read-only disk must be mounted writable."
         raise MoelocalError(f"{path} cannot be removed: {error.strerror}.", hint) from error
-    for path in removal.entries:
+    for path in (*removal.entries, *removal.blobs):
         _prune(path.parent, removal.top)
     if removal.top.name.startswith("models--"):
         _tidy(removal.top)

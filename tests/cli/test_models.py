@@ -79,10 +79,10 @@ def test_list_tells_what_it_leaves_out(places: Places) -> None:
     places.cached("o/cut", "m-Q4_K_M.gguf", tiny_model()[:-10])
     places.cached("o/web", "m-Q4_K_M.gguf", b"<!doctype html>")
     places.cached("o/half", "m-Q4_K_M.gguf", tiny_model(seed=1))
-    (places.hub / "models--o--half" / "blobs" / ("a" * 64 + ".incomplete")).write_bytes(bytes(3 << 20))
+    (places.hub / "models--o--half" / "blobs" / ("a" * 64 + ".incomplete")).write_bytes(b"x" * (3 << 20))
     begun = places.hub / "models--o--begun-GGUF" / "blobs"
     begun.mkdir(parents=True)
-    (begun / ("a" * 64 + ".incomplete")).write_bytes(bytes(1 << 20))
+    (begun / ("a" * 64 + ".incomplete")).write_bytes(b"x" * (1 << 20))
     places.cached("o/vision", "mmproj-F16.gguf", tiny_model(seed=2))
     done = run("list")
     assert done.returncode == 0
@@ -198,8 +198,26 @@ def test_rm(places: Places) -> None:
     places.cached("o/r", "m-Q6_K.gguf", tiny_model(seed=3))
     refused(run("rm", "o/r", "--yes"), 2, "Say which: o/r:Q6_K, o/r:Q8_0")
     run("rm", "o/r:Q6_K", "--yes")
-    assert "free" in run("rm", "o/r", "--yes").stdout
+    assert "are free" in run("rm", "o/r", "--yes").stdout
     refused(run("rm", "o/r", "--yes"), 1, "not on this disk")
+
+
+def test_rm_of_a_download_that_never_ended(places: Places, tmp_path: Path) -> None:
+    parts = shards(tmp_path, "big-Q4_K_M")
+    for file in list(parts)[:2]:
+        places.cached("o/half", file, parts[file])
+    blobs = places.hub / "models--o--begun-GGUF" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / ("a" * 64 + ".moelocal.incomplete")).open("wb") as file_:
+        file_.write(b"x" * (1 << 20))
+        file_.truncate(1 << 40)  # as long as it will be; only its beginning is here
+    said = run("list").stderr
+    assert "moelocal rm o/half" in said and "(1.0 MiB)" in said
+    refused(run("rm", "o/half"), 2, "moelocal rm o/half --yes")
+    freed = sum(len(parts[file]) for file in list(parts)[:2])
+    assert json.loads(run("rm", "o/half", "--yes", "--json").stdout)["freed_bytes"] == freed
+    assert json.loads(run("rm", "o/begun-GGUF", "--yes", "--json").stdout)["freed_bytes"] == 1 << 20
+    assert list(places.hub.iterdir()) == [] and "Left out" not in run("list").stderr
 
 
 def test_rm_leaves_alone_what_is_not_the_stores(places: Places) -> None:
