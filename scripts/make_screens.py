@@ -59,6 +59,12 @@ SCENES = (
         columns=100,
     ),
     Scene("doctor", "moelocal doctor"),
+    Scene(
+        "list",
+        'moelocal list --all --machine "gpu=RTX 4070:12GiB:504GB/s;ram=64GiB:60GB/s;disk=3GB/s;cores=8"',
+        columns=110,
+        rows=52,
+    ),
     Scene("errors", 'moelocal run demo "Who are you?" --max-tokens 0; moelocal run qwen.gguf hello'),
 )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from moelocal.cli import options as opt
-from moelocal.errors import MoelocalError
+from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,11 +44,13 @@ class Offer(NamedTuple):
     is_here: bool
 
 
-def listing(everything: Everything = False, as_json: opt.Json = False) -> None:
+def listing(everything: Everything = False, machine: opt.Described = None, as_json: opt.Json = False) -> None:
     """List the models on this disk, also those of other tools; --all: those that you could get."""
     if everything:
-        _list_catalog(as_json)
+        _list_catalog(machine, as_json)
         return
+    if machine is not None:
+        raise BadRequest("--machine is for the catalog.", 'moelocal list --all --machine "ram=32GiB"')
     broken: list[MoelocalError] = []
     rows = list(_rows(broken))
     if as_json:
@@ -118,22 +120,24 @@ def _what_next(shelf: Shelf) -> str:
     return go_on if shelf.models else f"{go_on}, to free the space: moelocal rm {shelf.repo}"
 
 
-def _list_catalog(as_json: bool) -> None:
+def _list_catalog(described: str | None, as_json: bool) -> None:
     from moelocal.cli.messages import dim
+    from moelocal.machine.described import parse_machine
     from moelocal.plan.cost import device_speeds
 
-    machine = here()
+    machine = here() if described is None else parse_machine(described)
     offers = _offers(machine)
     if as_json:
         print(json.dumps([_offer_document(offer) for offer in offers], ensure_ascii=False))
         return
     from moelocal.cli.render_models import show_offers
 
-    show_offers(offers, bool(machine.gpus), sys.stdout)
-    guessed = not all(device_speeds(machine, device).measured for device in machine.devices)
-    speeds = "defaults; moelocal doctor --probe measures them" if guessed else "those measured here"
-    dim(f"Predicted for the memory that is free now, from speeds that are {speeds}.")
-    dim("To get one: moelocal pull NAME. All about one: moelocal show NAME")
+    show_offers(offers, sys.stdout)
+    if described is None:
+        guessed = not all(device_speeds(machine, device).measured for device in machine.devices)
+        speeds = "defaults; moelocal doctor --probe measures them" if guessed else "those measured here"
+        dim(f"Predicted for the memory that is free now, from speeds that are {speeds}.")
+    dim("At 4 bits: Q4_K_M; gpt-oss MXFP4. To get one: moelocal pull NAME. All about one: moelocal show NAME")
 
 
 def here() -> Machine:

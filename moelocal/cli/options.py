@@ -30,6 +30,14 @@ Model = Annotated[
         metavar="MODEL", help="demo, a name from moelocal list, owner/repo[:QUANT], or the path of a .gguf file."
     ),
 ]
+Described = Annotated[
+    str | None,
+    option(
+        "--machine",
+        'Plan for a machine that is not here: "gpu=RTX 4070:12GiB:504GB/s;ram=32GiB:60GB/s;disk=3GB/s;cores=8".',
+        "TEXT",
+    ),
+]
 Json = Annotated[bool, option("--json", "One JSON document on stdout, nothing else.")]
 Verbose = Annotated[bool, option("--verbose -v", "Show llama.cpp's own log.")]
 HideReasoning = Annotated[bool, option("--hide-reasoning", "Do not show what the model thinks before it answers.")]

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from moelocal.cli import options as opt
 from moelocal.errors import BadRequest, ModelNotFound, MoelocalError
@@ -20,20 +20,11 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 2.5
 
-Described = Annotated[
-    str | None,
-    opt.option(
-        "--machine",
-        'Plan for a machine that is not here: "gpu=RTX 4070:12GiB:504GB/s;ram=32GiB:60GB/s;disk=3GB/s;cores=8".',
-        "TEXT",
-    ),
-]
-
 
 def plan(
     model: opt.Model,
     placement: opt.Placement,
-    machine: Described = None,
+    machine: opt.Described = None,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:

@@ -62,15 +62,17 @@ def show_rows(rows: Sequence[Row], out: TextIO) -> None:
     _print(console, out, table)
 
 
-def show_offers(offers: Iterable[Offer], has_gpu: bool, out: TextIO) -> None:
+def show_offers(offers: Iterable[Offer], out: TextIO) -> None:
     """The catalog, each row when it comes: widths are fixed beforehand."""
     console = _console(out)
     is_wide = console.width >= _WIDE
     room = console.width - _WIDE - 2
     head = _offer_line(("  Model", "Size", "Parameters", "Here", "Tokens/s"), is_wide)
     console.print(Text(head + ("  Good at" if room > _LEAST_TEXT else ""), style="bold"), soft_wrap=True)
+    n_here = 0
     for offer in offers:
         entry, found = offer.entry, offer.outcome
+        n_here += offer.is_here
         name = ("* " if offer.is_here else "  ") + entry.name
         params = f"{_count(entry.total_params)}-A{_count(entry.active_params)}"
         rate = "-" if found.decode_per_s is None else _rate(found.decode_per_s)
@@ -81,8 +83,8 @@ def show_offers(offers: Iterable[Offer], has_gpu: bool, out: TextIO) -> None:
             good_at.truncate(room + 2, overflow="ellipsis")
             text.append_text(good_at)
         console.print(text, soft_wrap=True)
-    note = "  * downloaded" + ("" if has_gpu else "; there is no GPU that llama.cpp can use")
-    console.print(Text(note, style="dim"), soft_wrap=True)
+    if n_here:
+        console.print(Text("  * on this disk", style="dim"))
 
 
 def _offer_line(cells: tuple[str, str, str, str, str], is_wide: bool) -> str:

@@ -123,6 +123,14 @@ def test_list_all_json(places: Places) -> None:
     assert all(row["here"] in kinds and row["bytes"] > 0 for row in rows)
 
 
+def test_list_all_for_a_machine_that_is_not_here(places: Places) -> None:
+    done = run("list", "--all", "--machine", "gpu=RTX 4090:24GiB:1000GB/s;ram=64GiB:80GB/s", "--json")
+    kinds = {row["name"]: row["here"] for row in json.loads(done.stdout)}
+    assert kinds["qwen3-30b-a3b"] == "fits the GPU" and kinds["gpt-oss-120b"] == "experts in RAM"
+    refused(run("list", "--all", "--machine", "ram=lots"), 2, "ram=lots")
+    refused(run("list", "--machine", "ram=8GiB"), 2, "--all")
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_catalog_fits_the_terminal(places: Places, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = parse_machine("gpu=RTX 4070:12GiB:504GB/s;ram=32GiB:60GB/s;disk=3GB/s;cores=8")
@@ -130,7 +138,7 @@ def test_the_catalog_fits_the_terminal(places: Places, width: int, monkeypatch: 
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(out, "isatty", lambda: True)
-    show_offers(list(islice(_offers(machine), 12)), True, out)
+    show_offers(list(islice(_offers(machine), 12)), out)
     lines = re.sub(r"\x1b\[\d*m", "", out.getvalue()).splitlines()
     assert all(cell_len(line) <= width for line in lines), lines
     assert "granite-3.1-1b-a400m" in lines[1] and "fits the GPU" in lines[1]
