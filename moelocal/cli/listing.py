@@ -98,7 +98,7 @@ def _as_document(row: Row) -> dict[str, Any]:
 
 def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
     """What is here only in part, or damaged; and where there is more."""
-    from moelocal.cli.messages import dim, note
+    from moelocal.cli.messages import as_typed, dim, note
     from moelocal.model.cache import shelves, unfinished
     from moelocal.units import format_bytes
 
@@ -111,7 +111,7 @@ def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
             half = shelf.halves[0]
             note(f"Left out: {shelf.repo} lacks {len(half.missing)} files of {half.file}.{_what_next(shelf)}")
     if not as_json and len(rows) == 1:
-        dim("Nothing else is here yet. What would run well on this machine: moelocal list --all")
+        dim(as_typed("Nothing else is here yet. What would run well on this machine: moelocal list --all"))
 
 
 def _what_next(shelf: Shelf) -> str:
@@ -121,7 +121,7 @@ def _what_next(shelf: Shelf) -> str:
 
 
 def _list_catalog(described: str | None, as_json: bool) -> None:
-    from moelocal.cli.messages import dim
+    from moelocal.cli.messages import as_typed, dim
     from moelocal.machine.described import parse_machine
     from moelocal.plan.cost import device_speeds
 
@@ -136,8 +136,9 @@ def _list_catalog(described: str | None, as_json: bool) -> None:
     if described is None:
         guessed = not all(device_speeds(machine, device).measured for device in machine.devices)
         speeds = "defaults; moelocal doctor --probe measures them" if guessed else "those measured here"
-        dim(f"Predicted for the memory that is free now, from speeds that are {speeds}.")
-    dim("At 4 bits: Q4_K_M; gpt-oss MXFP4. To get one: moelocal pull NAME. All about one: moelocal show NAME")
+        dim(as_typed(f"Predicted for the memory that is free now, from speeds that are {speeds}."))
+    told = "At 4 bits: Q4_K_M; gpt-oss MXFP4. To get one: moelocal pull NAME. All about one: moelocal show NAME"
+    dim(as_typed(told))
 
 
 def here() -> Machine:

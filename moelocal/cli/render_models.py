@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moelocal.cli.messages import as_typed
 from moelocal.cli.screen import harmless
 from moelocal.units import format_bytes, format_count
 
@@ -108,7 +109,7 @@ def show_card(card: Card, out: TextIO) -> None:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for name, value in card.lines:
-        facts.add_row(f"  {name}", Text(harmless(value)))
+        facts.add_row(f"  {name}", Text(harmless(as_typed(value))))
     weights = Table.grid(padding=(0, 2))
     weights.add_column()
     weights.add_column(no_wrap=True, justify="right")
