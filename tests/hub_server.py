@@ -42,7 +42,8 @@ class Stored:
 
 @dataclass
 class Faults:
-    """How the server misbehaves: `status` are answers to be given instead, used up one after the other."""
+    """How the server misbehaves: `status` are answers to be given instead, used up one after the other (0: a good
+    one)."""
 
     status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     api_status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
@@ -216,8 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, repo: str, name: str) -> None:
         faults, stored = self.server_hub.faults, self.server_hub.repos[repo][name]
-        if faults.status and self.command == "GET":
-            self._fail(*faults.status.pop(0))
+        fault = faults.status.pop(0) if faults.status and self.command == "GET" else (0, {})
+        if fault[0]:
+            self._fail(*fault)
             return
         size, start = stored.size, 0
         end = size

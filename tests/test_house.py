@@ -26,7 +26,13 @@ ROOMS = {  # each room and the rooms that it may import, besides itself and the 
 }
 ONLY_IN = {
     "llama_cpp": {"engine/llama.py", "engine/abi.py"},
-    "rich": {"cli/render.py", "cli/render_plan.py", "cli/render_doctor.py", "cli/render_models.py"},
+    "rich": {
+        "cli/render.py",
+        "cli/render_plan.py",
+        "cli/render_doctor.py",
+        "cli/render_models.py",
+        "cli/render_pull.py",
+    },
     "prompt_toolkit": {"cli/chat_input.py"},
     "jinja2": {"engine/template.py", "engine/sandbox.py"},
 }

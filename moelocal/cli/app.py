@@ -24,6 +24,7 @@ from moelocal.errors import MoelocalError
 
 COMMANDS = {
     "doctor": "doctor",
+    "pull": "pull",
     "list": "listing",
     "show": "show",
     "rm": "remove",

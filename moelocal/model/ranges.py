@@ -37,12 +37,13 @@ class RemoteFile:
         self._where: str | None = None  # where the hub sends to; such an address is good for some minutes
         self._headers = headers()
         self.stop = threading.Event()
-        self.skips = False  # whether any number of bytes may be skipped of an answer that begins too early
+        self.is_known = False
         self.sends_parts = True
 
     def probe(self) -> None:
-        """Asks for the first byte, to learn whether this server sends parts of files."""
+        """Asks for the first byte, to learn where the file is and whether that server sends parts of it."""
         self.read(0, 1)
+        self.is_known = True
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`, not included."""
@@ -126,7 +127,7 @@ class RemoteFile:
             return 0
         self.sends_parts = False
         self._check_length(response.headers.get("Content-Length", "*"))
-        if not self.skips and start > _MOST_SKIPPED_BYTES:
+        if start > _MOST_SKIPPED_BYTES:
             raise HubError(
                 f"{self._shown} starts at its first byte: this server cannot send a part of a file.",
                 "Check HF_ENDPOINT and the proxy.",

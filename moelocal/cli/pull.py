@@ -1,0 +1,306 @@
+"""`moelocal pull`: a model from the Hugging Face hub to this disk; in the quantization that suits this machine best."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from moelocal.cli import options as opt
+from moelocal.errors import BadRequest, ModelNotFound, MoelocalError, OutOfMemory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moelocal.model.download import Progress
+    from moelocal.model.hub import HubModel, Listing
+    from moelocal.model.reference import Reference
+    from moelocal.plan.choose import Choice
+
+_LINE_S = 15.0  # between lines where no bar can be shown
+
+Wanted = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name of the catalog (moelocal list --all), owner/repo on the Hugging Face hub, either with :QUANT, or "
+        "owner/repo/file.gguf.",
+    ),
+]
+Yes = Annotated[bool, opt.option("--yes -y", "Take the quantization that is best here, without asking.")]
+
+
+class Taken(NamedTuple):
+    """What is to be downloaded; `choice`: how it was chosen, if it was not named."""
+
+    model: HubModel
+    choice: Choice | None = None
+
+
+def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt.Json = False) -> None:
+    """Download a model. Without a quantization, the best one for this machine is found and shown."""
+    from moelocal.cli.messages import note
+    from moelocal.model.download import check_room, download, is_here, targets_of
+    from moelocal.model.hub import HubError, list_models
+
+    if placement.rpc:
+        from moelocal.cli.guard import guard
+
+        guard()  # llama.cpp ends the process when a worker vanishes
+    asked = _asked(model)
+    try:
+        listing = list_models(asked.repo)
+    except HubError as error:
+        if error.status == 0 and (path := _offline(asked)) is not None:
+            note(f"{error.message} But it is here already.")
+            _tell(path, asked.text, as_json, None)
+            return
+        raise
+    taken = _taken(listing, asked, placement, ask=not (yes or as_json), may_choose=yes)
+    if taken is None:
+        return
+    name = _name(asked, listing, taken.model)
+    if is_here(listing, taken.model):
+        note(f"{name} is here already.")
+    else:
+        check_room(targets_of(listing, taken.model))
+    view = _View()
+    start = time.monotonic()
+    try:
+        paths = download(listing, taken.model, view.update)
+    finally:
+        view.close()
+    if view.n_fetched and not as_json:
+        seconds = max(time.monotonic() - start, 1e-3)
+        note(f"{view.n_fetched / 1e9:.2f} GB in {seconds:.1f} s ({view.n_fetched / seconds / 1e6:.0f} MB/s), checked.")
+    _tell(paths[0], name, as_json, _document(name, paths, taken))
+
+
+def _asked(text: str) -> Reference:
+    """What is to be pulled.
+
+    Raises:
+        MoelocalError: nothing that the hub could have.
+    """
+    from moelocal.model.catalog import closest
+    from moelocal.model.reference import parse_reference, shortened
+
+    shown = shortened(text)
+    if text == "demo":
+        raise BadRequest(
+            "The demo is part of the program: there is nothing to pull.", 'moelocal run demo "Who are you?"'
+        )
+    asked = parse_reference(text)
+    if asked is not None and asked.repo and not (asked.repo.lower().endswith(".gguf") and not asked.file):
+        return asked
+    if os.path.isfile(text):
+        raise BadRequest(f"{shown} is a file on this disk: there is nothing to pull.", f"moelocal run {shown}")
+    close = closest(text.partition(":")[0])
+    hint = (
+        f"Did you mean {' or '.join(close)}?" if close else "Names: moelocal list --all. On the hub: owner/repo:Q4_K_M"
+    )
+    raise ModelNotFound(f"There is no model {shown!r} in the catalog, and it is no owner/repo.", hint)
+
+
+def _offline(asked: Reference) -> Path | None:
+    """The file, if the model is here and the hub cannot be asked."""
+    from moelocal.model.store import find_stored
+
+    try:
+        stored = find_stored(asked)
+    except MoelocalError:
+        return None
+    return stored.path if stored else None
+
+
+def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bool, may_choose: bool) -> Taken | None:
+    """The model of the repository to download; None: none, the user says."""
+    from moelocal.model.hub import pick
+
+    if asked.quant or asked.file:
+        return Taken(pick(listing, asked.quant, asked.file))
+    if len(listing.models) == 1:
+        return Taken(listing.models[0])
+    choice = _choice(listing, placement)
+    assert choice.best is not None
+    best = choice.best.label
+    if not may_choose and not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise BadRequest(
+            f"{listing.repo} holds {len(listing.models)} models. The best one here is {best}: {choice.reason}.",
+            f"To take it: moelocal pull {asked.text} --yes. Or name one: moelocal pull {asked.text}:{best}",
+        )
+    if ask:
+        from moelocal.cli.render_pull import show_choice
+
+        show_choice(choice)
+    _explain(choice, best)
+    best = _answer(choice, best) if ask else best
+    found = next((model for model in listing.models if model.label == best), None)
+    return Taken(found, choice) if found else None
+
+
+def _explain(choice: Choice, best: str) -> None:
+    from moelocal.cli.messages import note
+
+    is_noun = choice.reason.startswith("the ")
+    note(f"{best}{' is' if is_noun else ':'} {choice.reason}.")
+    for sentence in choice.neighbours:
+        note(f"  {sentence}")
+
+
+def _answer(choice: Choice, best: str) -> str:
+    """The label that the user takes; '' for none."""
+    labels = [option.label for option in reversed(choice.options)]
+    while True:
+        print(f"Take {best}? [Enter: yes, a number or type: another, q: none] ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        typed = line.strip()
+        if not line or typed.lower() in ("q", "n", "no", "quit"):
+            return ""
+        if typed.lower() in ("", "y", "yes"):
+            return best
+        if typed.isdecimal() and 1 <= int(typed) <= len(labels):
+            return labels[int(typed) - 1]
+        for label in labels:
+            if typed.upper() in (label.upper(), label.upper().removeprefix("UD-")):
+                return label
+        print(f"There is no {typed!r:.40}.", file=sys.stderr)
+
+
+def _choice(listing: Listing, placement: opt.Placement) -> Choice:
+    """The best model of a repository for this machine, by its true header.
+
+    Raises:
+        OutOfMemory: none fits.
+    """
+    from moelocal.cli.messages import note
+    from moelocal.cli.plan import present
+    from moelocal.model.download import cache_folder, free_bytes
+    from moelocal.model.facts import read_facts
+    from moelocal.model.remote import read_remote, usual
+    from moelocal.model.rescale import resized
+    from moelocal.plan.choose import Candidate, choose
+
+    seen = usual(listing)
+    header = read_remote(listing, seen)
+    machine = present(read_facts(header), placement, False)
+    request, room = placement.request(), free_bytes(cache_folder(listing.repo))
+    note(f"Planning {len(listing.models)} models of {listing.repo} for this machine ...")
+    candidates = {
+        model.label: Candidate(model.label, model.n_bytes, read_facts(resized(header, model.quant, model.n_bytes)))
+        for model in listing.models
+    }
+    checked: set[str] = set()
+    while True:
+        choice = choose(tuple(candidates.values()), machine, request, room)
+        if choice.best is None:
+            raise OutOfMemory(
+                f"No model of {listing.repo} fits this machine: {choice.reason}.",
+                f"Smaller ones: moelocal list --all. To get one all the same: moelocal pull {listing.repo}:"
+                f"{choice.options[0].label}",
+            )
+        best = choice.best.label
+        if best in checked:
+            return choice
+        checked.add(best)
+        model = next(model for model in listing.models if model.label == best)
+        candidates[best] = Candidate(best, model.n_bytes, read_facts(read_remote(listing, model)))
+
+
+def _name(asked: Reference, listing: Listing, model: HubModel) -> str:
+    """What to type from now on."""
+    if model.label != model.quant:
+        return f"{listing.repo}/{model.label}"
+    return f"{asked.entry.name if asked.entry and not model.is_cut else listing.repo}:{model.quant}"
+
+
+def _document(name: str, paths: tuple[Path, ...], taken: Taken) -> dict[str, Any]:
+    """What `--json` prints."""
+    choice = taken.choice
+    return {
+        "model": name,
+        "path": str(paths[0]),
+        "files": [str(path) for path in paths],
+        "bytes": taken.model.n_bytes,
+        "quant": taken.model.quant,
+        "reason": choice.reason if choice else None,
+        "choices": [
+            {
+                "quant": option.label,
+                "bytes": option.n_bytes,
+                "fits": option.fits,
+                "decode_per_s": _rounded(option.plan.predicted.decode_per_s)
+                if option.plan and option.plan.predicted
+                else None,
+                "why_not": option.why_not or None,
+            }
+            for option in (choice.options if choice else ())
+        ],
+    }
+
+
+def _rounded(per_s: float) -> float:
+    return round(per_s, 2)
+
+
+def _tell(path: Path, name: str, as_json: bool, document: dict[str, Any] | None) -> None:
+    """The end: where the model is, and how to run it."""
+    from moelocal.cli.messages import note
+
+    if as_json:
+        print(json.dumps(document or {"model": name, "path": str(path)}, ensure_ascii=False))
+        return
+    print(path)
+    note(f'Run it: moelocal run {name} "Who are you?"')
+
+
+class _View:
+    """Progress on stderr: bars on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        from moelocal.cli.screen import is_dumb
+
+        self._start: int | None = None
+        self._bars: Any = None
+        self._is_live = sys.stderr.isatty() and not is_dumb()
+        self._next_line = time.monotonic() + _LINE_S
+        self._began = time.monotonic()
+        self._has_waited = False
+        self.n_fetched = 0
+
+    def update(self, progress: Progress) -> None:
+        """Shows how far it is."""
+        if self._start is None:
+            self._start = progress.n_done
+        if progress.waiting:
+            if not self._has_waited:
+                self._say("Another download of this file is running: waiting for it.")
+            self._has_waited = True
+            return
+        self.n_fetched = 0 if self._has_waited else progress.n_done - self._start
+        if self._is_live and progress.n_done < progress.n_bytes:
+            if self._bars is None:
+                from moelocal.cli.render_pull import Bars
+
+                self._bars = Bars()
+            self._bars.update(progress)
+        elif not self._is_live and (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + _LINE_S
+            rate = self.n_fetched / max(now - self._began, 1e-3)
+            left = f", {(progress.n_bytes - progress.n_done) / rate:.0f} s left" if rate else ""
+            share = f"{progress.n_done / 1e9:.2f} of {progress.n_bytes / 1e9:.2f} GB"
+            self._say(f"{share}, {rate / 1e6:.0f} MB/s{left}")
+
+    def _say(self, text: str) -> None:
+        from moelocal.cli.messages import dim
+
+        dim(text)
+
+    def close(self) -> None:
+        """Takes the bars off the screen."""
+        if self._bars is not None:
+            self._bars.close()

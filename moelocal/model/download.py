@@ -1,0 +1,198 @@
+"""A model of the hub brought to this disk: into the Hugging Face cache, where other tools find it too.
+
+    paths = download(listing, model, watch)        # of all its files; the first is the one to run
+
+`transfer.py` fetches each file to where the cache wants its content (blobs/CHECKSUM), and huggingface_hub then gives it
+its name there: only when all files of the model are whole, so that nobody sees half of it. (Its own transfer starts
+anew after an interruption.) A file that was cut into pieces is joined as it comes, in the folder of models made here,
+since no program can read the pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moelocal.errors import MoelocalError
+from moelocal.model.hub import HubModel, Listing, patiently, translated
+from moelocal.model.store import made_folder
+from moelocal.model.transfer import Target, Transfer, bytes_here
+from moelocal.units import format_bytes
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_LOCK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a download is: bytes of each file (name, here, all), and of all together; `waiting`: for another
+    process that fetches the same file."""
+
+    files: tuple[tuple[str, int, int], ...]
+    waiting: bool = False
+
+    @property
+    def n_done(self) -> int:
+        """Bytes that are here."""
+        return sum(done for _, done, _ in self.files)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, _, size in self.files)
+
+
+Watch = Callable[[Progress], None]
+
+
+def download(listing: Listing, model: HubModel, watch: Watch) -> tuple[Path, ...]:
+    """Fetches what is missing of a model, and returns where its files are.
+
+    Raises:
+        HubError: the hub refuses, sends damaged bytes, or cannot be reached.
+        MoelocalError: no room on the disk, or it cannot be written.
+    """
+    targets = targets_of(listing, model)
+    folder = targets[0].path.parent
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_room(targets)
+    done = [bytes_here(target) for target in targets]
+    names = [target.files[0].path.rpartition("/")[2] for target in targets]
+
+    def report(index: int, n_done: int, waiting: bool = False) -> None:
+        done[index] = n_done
+        rows = zip(names, done, (target.n_bytes for target in targets), strict=True)
+        watch(Progress(tuple(rows), waiting))
+
+    for index, target in enumerate(targets):
+        report(index, done[index])
+        with translated(listing.repo), _writing(folder):
+            _fetch(listing, target, lambda n_done, waiting=False, i=index: report(i, n_done, waiting))
+        report(index, target.n_bytes)
+    if model.is_cut:
+        return (targets[0].path,)
+    with translated(listing.repo), _writing(folder):
+        return tuple(_named(listing, file.path, target) for file, target in zip(model.files, targets, strict=True))
+
+
+def targets_of(listing: Listing, model: HubModel) -> list[Target]:
+    """Where the files of a model go."""
+    if model.is_cut:
+        owner, _, name = listing.repo.partition("/")
+        label = model.label if model.label == model.quant else model.stem.rpartition("/")[2]
+        return [Target(made_folder() / owner / f"{name}-{label}.gguf", model.files)]
+    blobs = cache_folder(listing.repo) / "blobs"
+    return [Target(blobs / file.digest, (file,)) for file in model.files]
+
+
+def cache_folder(repo: str) -> Path:
+    """Where the Hugging Face cache keeps a repository."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
+
+
+def is_here(listing: Listing, model: HubModel) -> bool:
+    """Whether nothing is left to fetch."""
+    return all(target.is_there for target in targets_of(listing, model))
+
+
+def missing_bytes(targets: list[Target]) -> int:
+    """What is still to come."""
+    return sum(target.n_bytes - bytes_here(target) for target in targets)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room on the disk where a folder is, or would be made; None: not known."""
+    import shutil
+
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None
+
+
+def check_room(targets: list[Target]) -> None:
+    """Refuses a download that the disk has no room for.
+
+    Raises:
+        MoelocalError: with what is missing.
+    """
+    missing, free = missing_bytes(targets), free_bytes(targets[0].path.parent)
+    if free is not None and missing > free:
+        raise MoelocalError(
+            f"The disk has room for {format_bytes(free)}, and {format_bytes(missing)} are still to come.",
+            "Free some (moelocal list shows what is here, moelocal rm removes it), or set HF_HOME to another disk.",
+        )
+
+
+def _fetch(listing: Listing, target: Target, report: Callable[..., None]) -> None:
+    """One file, unless it is there; while another process fetches it, this one waits and shows how far that is."""
+    with _locked(_lock_path(listing, target), lambda: report(bytes_here(target), True)):
+        if not target.is_there:
+            Transfer(target, listing.repo, listing.commit).run(report)
+
+
+def _lock_path(listing: Listing, target: Target) -> Path:
+    """The lock of a file: huggingface_hub's own, so that its downloads and ours wait for each other."""
+    if len(target.files) > 1:
+        return target.path.with_name(f".{target.path.name}.lock")
+    folder = cache_folder(listing.repo)
+    return folder.parent / ".locks" / folder.name / f"{target.path.name}.lock"
+
+
+@contextmanager
+def _locked(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock; where the file system has none, goes on without: then at worst the work is done twice."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=_LOCK_S))
+                break
+            except TimeoutError:
+                while_waiting()
+        yield
+
+
+def _named(listing: Listing, file: str, target: Target) -> Path:
+    """Lets huggingface_hub name a file whose content is in the cache."""
+    from huggingface_hub import hf_hub_download
+
+    def name() -> str:
+        return hf_hub_download(listing.repo, file, revision=listing.commit, library_name="moelocal")
+
+    path = Path(patiently(name))
+    if not path.is_symlink() and target.path.exists() and not target.path.samefile(path):
+        target.path.unlink()  # where links are not possible, the cache holds the file itself, once
+    newest = cache_folder(listing.repo) / "refs" / "main"
+    newest.parent.mkdir(parents=True, exist_ok=True)
+    newest.write_text(listing.commit, encoding="ascii")
+    return path
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says in plain words when the disk is full or cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise MoelocalError(
+                f"The disk is full: {folder} takes nothing more.",
+                "Free some room, then pull again: it goes on where it stopped.",
+            ) from error
+        if error.errno in _READ_ONLY:
+            raise MoelocalError(
+                f"{folder} cannot be written: {os.strerror(error.errno or 0)}.", "Set HF_HOME to a folder of your own."
+            ) from error
+        raise

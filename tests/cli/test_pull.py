@@ -1,0 +1,140 @@
+"""`moelocal pull`, and `plan` of what is not here yet, against a local hub: what is printed, chosen and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.hub_server import HubServer
+
+REPO = "owner/Tiny-GGUF"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]) -> Iterator[HubServer]:
+    data = tiny("tiny-qwen3moe").read_bytes()
+    with HubServer() as server:
+        for i, quant in enumerate(("Q2_K", "Q4_K_M", "Q8_0")):
+            server.add(REPO, f"tiny-{quant}.gguf", data + bytes(1000 * i))
+        server.add("owner/Tiny", "model.safetensors", b"weights")
+        yield server
+
+
+@pytest.fixture
+def env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, **hub.env(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture
+def run(env: dict[str, str]) -> Run:
+    def run_(*args: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moelocal", *args]
+        return subprocess.run(command, env=env | more, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    return run_
+
+
+def test_a_named_quantization_then_it_is_here(run: Run, tmp_path: Path) -> None:
+    done = run("pull", f"{REPO}:Q4_K_M")
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.strip())
+    assert path.is_relative_to(tmp_path / "hf") and path.name == "tiny-Q4_K_M.gguf" and path.is_file()
+    assert "checked" in done.stderr and f"run {REPO}:Q4_K_M" in done.stderr
+    again = run("pull", f"{REPO}:Q4_K_M")
+    assert again.returncode == 0 and "here already" in again.stderr and again.stdout == done.stdout
+    offline = run("pull", f"{REPO}:Q4_K_M", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0 and "cannot be reached" in offline.stderr and offline.stdout == done.stdout
+    planned = run("plan", f"{REPO}:Q4_K_M", "--json", "--machine", "ram=16GiB")
+    assert planned.returncode == 0 and "Not on this disk" not in planned.stderr
+
+
+def test_the_best_one_is_chosen(run: Run) -> None:
+    done = run("pull", REPO, "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["quant"] == "Q8_0" and document["model"] == f"{REPO}:Q8_0" and document["reason"]
+    assert [choice["quant"] for choice in document["choices"]] == ["Q2_K", "Q4_K_M", "Q8_0"]
+    assert all(choice["fits"] and choice["decode_per_s"] for choice in document["choices"])
+    assert Path(document["path"]).stat().st_size == document["bytes"]
+
+
+def test_without_a_terminal_a_choice_needs_yes(run: Run) -> None:
+    done = run("pull", REPO)
+    assert done.returncode == 2 and not done.stdout
+    assert "holds 3 models" in done.stderr and "Q8_0" in done.stderr and f"pull {REPO} --yes" in done.stderr
+
+
+def test_what_does_not_fit_is_not_chosen(run: Run) -> None:
+    done = run("pull", REPO, "--yes", "--ram", "1MiB", "--cpu-only")
+    assert done.returncode == 1 and not done.stdout and "--all" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (("owner/Tiny",), ("no GGUF", "convert owner/Tiny")),
+        (("owner/nothing",), ("no repository owner/nothing",)),
+        ((f"{REPO}:Q5_K_M",), ("holds no 'Q5_K_M'", "Q2_K, Q4_K_M, Q8_0")),
+        ((f"{REPO}/other.gguf",), ("no model file", "Q2_K")),
+        ((f"{REPO}/../../x.gguf",), ("leads out of",)),
+        (("qwen3-30b-a3",), ("no model", "qwen3-30b-a3b")),
+        (("demo",), ("part of the program",)),
+        (("",), ("no model",)),
+        (("a b c",), ("no model",)),
+    ],
+)
+def test_refusals(run: Run, args: tuple[str, ...], texts: tuple[str, ...]) -> None:
+    done = run("pull", *args)
+    assert done.returncode in (1, 2) and not done.stdout and "Traceback" not in done.stderr
+    for text in texts:
+        assert text in done.stderr
+
+
+def test_no_way_to_the_hub(run: Run) -> None:
+    for command in ("pull", "plan"):
+        done = run(command, f"{REPO}:Q4_K_M", HF_ENDPOINT="http://127.0.0.1:9")
+        assert done.returncode == 1 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr
+        done = run(command, f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
+        assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_plan_before_download(run: Run) -> None:
+    done = run("plan", f"{REPO}:Q4_K_M", "--json", "--machine", "ram=16GiB")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"] and "Not on this disk yet" in done.stderr and "moelocal pull" in done.stderr
+
+
+def test_the_table_is_answered(env: dict[str, str], hub: HubServer) -> None:
+    ours, theirs = pty.openpty()
+    env |= {"TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "moelocal", "pull", REPO]
+    process = subprocess.Popen(command, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = ""
+
+    def until(text: str) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(ours, 65536).decode()
+
+    until("Take Q8_0?")
+    assert shown.index("Q8_0") < shown.index("Q4_K_M") < shown.index("Q2_K")
+    os.write(ours, b"nonsense\n")
+    until("There is no 'nonsense'")
+    os.write(ours, b"3\n")
+    until(f"run {REPO}:Q2_K")
+    assert process.wait(20) == 0
+    os.close(ours)
+    assert process.stdout is not None
+    with process.stdout as out:
+        assert out.read().decode().strip().endswith("tiny-Q2_K.gguf")
