@@ -54,7 +54,7 @@ def listing(everything: Everything = False, machine: opt.Described = None, as_js
     broken: list[MoelocalError] = []
     rows = list(_rows(broken))
     if as_json:
-        print(json.dumps([_as_document(row) for row in rows], ensure_ascii=False))
+        print(json.dumps([_as_document(row) for row in rows]))
     else:
         from moelocal.cli.render_models import show_rows
 
@@ -128,7 +128,7 @@ def _list_catalog(described: str | None, as_json: bool) -> None:
     machine = here() if described is None else parse_machine(described)
     offers = _offers(machine)
     if as_json:
-        print(json.dumps([_offer_document(offer) for offer in offers], ensure_ascii=False))
+        print(json.dumps([_offer_document(offer) for offer in offers]))
         return
     from moelocal.cli.render_models import show_offers
 

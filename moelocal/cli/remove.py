@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,9 +80,8 @@ def _stored(model: str) -> Stored:
         if real is not None and real in map(os.path.realpath, one.files):
             return one
     if path.exists() or path.is_symlink():
-        raise BadRequest(
-            f"{path} is a file of yours and not in the store, so it is left alone.", f"To remove it: rm '{path}'"
-        )
+        by_hand = f"To remove it: rm {shlex.quote(str(path))}"
+        raise BadRequest(f"{path} is a file of yours and not in the store, so it is left alone.", by_hand)
     raise ModelNotFound(f"There is no file {path}.", "What is here: moelocal list")
 
 

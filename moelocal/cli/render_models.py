@@ -43,7 +43,7 @@ def show_rows(rows: Sequence[Row], out: TextIO) -> None:
     """Models on this disk, one a line; on a narrow terminal the less important columns are left out."""
     console = _console(out)
     columns = [
-        ("Model", [harmless(row.name) for row in rows]),
+        ("Model", [harmless(row.name).replace("\n", " ") for row in rows]),
         ("Size", [format_bytes(row.n_bytes) for row in rows]),
         ("Type", [harmless(row.quant) for row in rows]),
         ("MoE", ["yes" if row.is_moe else "no" for row in rows]),

@@ -106,7 +106,7 @@ def show(model: opt.Model, as_json: opt.Json = False) -> None:
     roles = tuple(_role_rows(subject.header, bool(subject.facts.tied_output_bytes)))
     machine = here()
     if as_json:
-        print(json.dumps(_as_document(subject, roles, machine), ensure_ascii=False))
+        print(json.dumps(_as_document(subject, roles, machine)))
         return
     from moelocal.cli.render_models import show_card
 

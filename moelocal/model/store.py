@@ -52,9 +52,13 @@ def resolve(reference: str, tell: Callable[[str], None] = _silent) -> Path:
     if exists and not is_folder:
         _tell_of_namesake(reference, tell)
         return path
-    parsed = None if _is_plainly_a_path(reference) else _parsed(reference, shown)
-    if parsed is not None and (model := find_stored(parsed)) is not None:
-        return model.path
+    parsed = None
+    if not _is_plainly_a_path(reference):
+        from moelocal.model.reference import Reference
+
+        parsed = _parsed(reference, shown)
+        if (model := find_stored(parsed or Reference(reference, reference))) is not None:
+            return model.path
     if is_folder:
         found = _beside(path)
         there = f"Name a file in it: {', '.join(found[:_N_CLOSEST])}" if found else "It holds no .gguf file."

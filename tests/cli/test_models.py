@@ -92,6 +92,20 @@ def test_list_tells_what_it_leaves_out(places: Places) -> None:
     assert "o/begun-GGUF is downloaded in part" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such names")
+def test_odd_file_names(places: Places) -> None:
+    odd = [b"\xff-Q4_K_M", "ü 日本".encode(), b"esc\x1b[31m", b"new\nline", b"a:b", b"it's"]
+    for seed, name in enumerate(odd):
+        places.made(os.fsdecode(name) + ".gguf", tiny_model(seed=seed))
+    rows = listed()
+    assert sorted(os.fsencode(row["name"]) for row in rows) == sorted([b"demo", *odd])
+    done = run("list")
+    assert "\x1b" not in done.stdout and len(done.stdout.splitlines()) == 8
+    for name in odd:
+        assert run("show", os.fsdecode(name)).returncode == 0
+    assert run("rm", "it's", "--yes").returncode == 0
+
+
 def test_an_empty_disk_says_where_to_look(places: Places) -> None:
     done = run("list")
     assert done.stdout.splitlines()[1].startswith("demo") and "moelocal list --all" in done.stderr
@@ -232,7 +246,7 @@ def test_rm_leaves_alone_what_is_not_the_stores(places: Places) -> None:
     shutil.copy(DEMO, "mine.gguf")
     blob = places.in_ollama("registry.ollama.ai/library/toy/latest", tiny_model())
     refused(run("rm", "demo", "--yes"), 2, "part of moelocal")
-    refused(run("rm", "mine.gguf", "--yes"), 2, "rm 'mine.gguf'")
+    refused(run("rm", "mine.gguf", "--yes"), 2, "rm mine.gguf")
     refused(run("rm", "toy", "--yes"), 2, "ollama rm toy:latest")
     refused(run("rm", str(blob), "--yes"), 2, "ollama rm toy:latest")
     refused(run("rm", "nothing.gguf", "--yes"), 1, "nothing.gguf")
