@@ -45,7 +45,7 @@ class Offer(NamedTuple):
 
 
 def listing(everything: Everything = False, machine: opt.Described = None, as_json: opt.Json = False) -> None:
-    """List the models on this disk, also those of other tools; --all: those that you could get."""
+    """List the models on this disk, or with --all those to get."""
     if everything:
         _list_catalog(machine, as_json)
         return

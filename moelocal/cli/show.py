@@ -99,7 +99,7 @@ class _Subject(NamedTuple):
 
 
 def show(model: opt.Model, as_json: opt.Json = False) -> None:
-    """Show what a model is: experts, parameters, quantization, licence, template, and what it would do here."""
+    """Show what a model is, and what it would do here."""
     from moelocal.cli.listing import here
 
     subject = _subject(model)

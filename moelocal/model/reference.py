@@ -1,9 +1,11 @@
-"""What a person types for MODEL, taken apart: text in, `Reference` out. Looks at no disk.
+"""What a person types for MODEL, taken apart: text in, `Reference` out.
 
-parse_reference("qwen3-30b-a3b:Q4_K_M")                  # of the catalog: its repository, a quantization
-parse_reference("unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M")
-parse_reference("owner/repo/sub/model-00001-of-00002.gguf")
-parse_reference("https://huggingface.co/owner/repo/blob/main/model.gguf")    # as copied from a browser
+    parse_reference("qwen3-30b-a3b:Q4_K_M")                  # of the catalog: its repository, a quantization
+    parse_reference("unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M")
+    parse_reference("owner/repo/sub/model-00001-of-00002.gguf")
+    parse_reference("https://huggingface.co/owner/repo/blob/main/model.gguf")    # as copied from a browser
+
+Looks at no disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """MODEL references to files on this disk, wherever some tool has put them; and all models that are here.
 
-resolve("qwen3-30b-a3b:Q4_K_M")      # in the Hugging Face cache, LM Studio's folders, Ollama's store, or made here
-resolve("model.gguf")                # a path; then nothing else is looked at
+    resolve("qwen3-30b-a3b:Q4_K_M")      # in the Hugging Face cache, LM Studio's folders, Ollama's store, or made here
+    resolve("model.gguf")                # a path; then nothing else is looked at
+
+Nothing is downloaded here, and nothing is changed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Models among files: which files of a folder are models, and which belong together. Names only; nothing is opened.
+"""Models among files: which files of a folder are models, and which belong together.
 
-whole, halves = models_among(["Q8_0/big-00001-of-00002.gguf", "Q8_0/big-00002-of-00002.gguf", "mmproj-F16.gguf"])
+    whole, halves = models_among(["Q8_0/big-00001-of-00002.gguf", "Q8_0/big-00002-of-00002.gguf", "mmproj-F16.gguf"])
+
+Names only; nothing is opened.
 """
 
 from __future__ import annotations
