@@ -73,9 +73,20 @@ def header_of(reference: str) -> tuple[GGUFHeader, Path | None]:
             raise
     else:
         return read_header(path), path
+    from moelocal.model.hub import HubError
     from moelocal.model.remote import open_header
 
-    header, found = open_header(reference)
+    try:
+        header, found = open_header(reference)
+    except HubError as error:
+        if error.status or parsed.entry is None or parsed.file:
+            raise
+        from moelocal.model import catalog
+
+        quant = parsed.quant or parsed.entry.quant
+        sketch = catalog.header_of(parsed.entry, quant)
+        note(f"{error.message} Planned from what the catalog knows of {parsed.entry.name}:{quant}.")
+        return sketch, None
     note(f"Not on this disk yet: planned from the hub, {found}. To get it: moelocal pull {reference}")
     return header, None
 

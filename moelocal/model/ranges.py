@@ -65,7 +65,7 @@ class RemoteFile:
                 if start < end:
                     failure = HubError(f"{self._shown} ended at byte {start:,} of {end:,}.", "Try again later.")
             except _Refused as error:
-                if error.status not in RETRIED and not self._forget(error.status):
+                if error.status not in RETRIED and not error.has_expired:
                     raise refusal(self.repo, error.response) from error
                 failure, wait_s = refusal(self.repo, error.response), pause_s(attempt, error.response.headers)
             except (http().TooManyRedirects, http().UnsupportedProtocol, http().InvalidURL) as error:
@@ -76,17 +76,12 @@ class RemoteFile:
                 attempt += 1
                 if attempt == _TRIES:
                     raise failure
-                self._forget(0)
+                self._where = None
                 self.stop.wait(wait_s or pause_s(attempt - 1, {}))
 
     @property
     def _shown(self) -> str:
         return f"The answer for {self.file.path.rpartition('/')[2]}"
-
-    def _forget(self, status: int) -> bool:
-        """Goes back to the hub's own address after one that it gave; whether that may help."""
-        had, self._where = self._where, None
-        return had is not None and status in (0, 400, 401, 403, 404, 410)
 
     def _request(self, start: int, end: int) -> Iterator[bytes]:
         """Sends one request and yields what is wanted of its answer."""
@@ -96,7 +91,7 @@ class RemoteFile:
             sent = {key: value for key, value in sent.items() if key.lower() != "authorization"}
         with client().stream("GET", url, headers=sent, timeout=_TIMEOUT_S, follow_redirects=True) as response:
             if response.status_code not in (200, 206):
-                raise _Refused(response)
+                raise _Refused(response, url != self._url)
             if str(response.url) != self._url:
                 self._where = str(response.url)
             skipped = self._check(response, start, end)
@@ -144,12 +139,13 @@ class RemoteFile:
 
 
 class _Refused(Exception):
-    """A status that is no success."""
+    """A status that is no success. `has_expired`: it came from an address that the hub gave a while ago."""
 
-    def __init__(self, response: Any) -> None:
+    def __init__(self, response: Any, was_given: bool) -> None:
         super().__init__(response.status_code)
         self.response = response
         self.status = int(response.status_code)
+        self.has_expired = was_given and self.status in (400, 401, 403, 404, 410)
 
 
 def _origin(url: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ _SHARDS_BYTES = 6 << 20  # of all shards after the first together
 _TENSOR_BYTES = 160  # of a row in the table, more than they are
 _AT_ONCE = 4
 _KEPT = 200  # headers on disk
+_FOUR_BITS = re.compile(r"(?:Q|FP)[4-6]")
 
 
 def open_header(reference: str) -> tuple[GGUFHeader, str]:
@@ -61,8 +63,8 @@ def usual(listing: Listing, quant: str = "Q4_K_M") -> HubModel:
     """The model to look at when none was named: of that quantization, or of about its size."""
     with contextlib.suppress(ModelNotFound):
         return pick(listing, quant)
-    whole = sorted(listing.models, key=lambda model: model.n_bytes)
-    return next((model for model in whole if model.quant.removeprefix("UD-") >= "Q4"), whole[len(whole) // 2])
+    four_bits = (model for model in listing.models if _FOUR_BITS.search(model.quant))
+    return next(four_bits, listing.models[len(listing.models) // 2])
 
 
 def read_remote(listing: Listing, model: HubModel) -> GGUFHeader:

@@ -27,6 +27,7 @@ _LINES = 4
 _PIECE_BYTES = 32 << 20
 _HASHED_BYTES = 1 << 20
 _TICK_S = 0.1
+_PATIENCE_S = 1.0
 _COUNT = struct.Struct("<Q")
 _SUFFIX = ".moelocal.incomplete"
 
@@ -144,12 +145,13 @@ class Transfer:
         for thread in threads:
             thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_TICK_S)
-                    on_progress(self.n_done)
+            while any(thread.is_alive() for thread in threads) and self._failure is None:
+                threads[0].join(_TICK_S)
+                on_progress(self.n_done)
         finally:
             self._give_up()
+        for thread in threads:
+            thread.join(_PATIENCE_S)  # a line may hang, and is left to itself
         if self._failure is not None:
             raise self._failure
         self._finish()

@@ -108,6 +108,13 @@ def test_no_way_to_the_hub(run: Run) -> None:
         assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_offline_the_catalog_is_planned_from_what_it_knows(run: Run) -> None:
+    for more in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        done = run("plan", "qwen3-30b-a3b:Q6_K", "--json", "--machine", "ram=64GiB", **more)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"]["n_experts"] == 128 and "catalog knows" in done.stderr
+
+
 def test_plan_before_download(run: Run) -> None:
     done = run("plan", f"{REPO}:Q4_K_M", "--json", "--machine", "ram=16GiB")
     assert done.returncode == 0, done.stderr
