@@ -27,6 +27,7 @@ _GPU_PREFILL_DENSE, _GPU_PREFILL_EXPERT, _METAL_PREFILL = 60.0, 25.0, 13.0  # we
 _CPU_CORE_DECODE, _CPU_CORE_DECODE_SLOW = 10e9, 4e9  # bytes/s of one core; types that look values up are slow
 _CPU_CORE_PREFILL = 60e9
 _CPU_CORE_DECODE_MACS, _CPU_CORE_PREFILL_MACS = 5e9, 10e9  # of attention
+_CPU_CORE_PREFILL_VALUES = 3e7
 _REPACK_GAIN = 1.35  # one reading each on two cores with AVX-512 gave 1.32 and 1.34
 _REPACKED = {"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"}
 _PLAIN = {"F32", "F16", "BF16", "Q8_0"}
@@ -72,5 +73,11 @@ def _cpu_speeds(cpu: Cpu, bandwidth: float) -> DeviceSpeeds:
             decode = min(bandwidth * _REPACKED_SHARE, core * cpu.cores * _REPACK_GAIN)
             rates[kind, True] = TypeSpeed(decode, prefill)
     return DeviceSpeeds(
-        rates, rates, 30e-6, 200e-6, _CPU_CORE_DECODE_MACS * cpu.cores, _CPU_CORE_PREFILL_MACS * cpu.cores
+        rates,
+        rates,
+        layer_s=30e-6,
+        token_s=200e-6,
+        decode_macs_per_s=_CPU_CORE_DECODE_MACS * cpu.cores,
+        prefill_macs_per_s=_CPU_CORE_PREFILL_MACS * cpu.cores,
+        prefill_values_per_s=_CPU_CORE_PREFILL_VALUES * cpu.cores,
     )

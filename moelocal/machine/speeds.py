@@ -16,27 +16,33 @@ from typing import Any, NamedTuple
 
 from moelocal.paths import user_home
 
-_VERSION = 2
+_VERSION = 3
 _KEPT = 8  # identities; the oldest go
 _REPACKED = "+repack"
 _MAX_BYTES = 4 << 20
+
+
+UNLIMITED = 1e15  # per second: costs nothing
 
 
 class TypeSpeed(NamedTuple):
     """How fast one device multiplies with weights of one type, dense or by expert.
 
     `decode_bytes_per_s`: bytes of weights read per second with one token, all threads. `prefill_weights_per_s`: weights
-    times tokens per second in a batch of 512.
+    times tokens per second in a batch of a prompt, beside what it takes to make the weights ready, once for the batch:
+    `batch_bytes_per_s`.
     """
 
     decode_bytes_per_s: float
     prefill_weights_per_s: float
+    batch_bytes_per_s: float = UNLIMITED
 
 
 class DeviceSpeeds(NamedTuple):
     """One device. Keys of `dense` and `expert` are (ggml type name, repacked); seconds that a layer and a token cost
-    beside the weights; multiplications of attention per second, one query at a time or a prompt's; `measured` is False
-    for defaults."""
+    beside the weights; multiplications of attention per second, one query at a time or a prompt's; values of a prompt's
+    activations (tokens times the model's width) that a layer passes on per second, beside weights and attention;
+    `measured` is False for defaults."""
 
     dense: dict[tuple[str, bool], TypeSpeed]
     expert: dict[tuple[str, bool], TypeSpeed]
@@ -44,6 +50,7 @@ class DeviceSpeeds(NamedTuple):
     token_s: float
     decode_macs_per_s: float = 1e13
     prefill_macs_per_s: float = 1e13
+    prefill_values_per_s: float = UNLIMITED
     measured: bool = False
 
     @property
@@ -138,10 +145,7 @@ def _encoded(speeds: Speeds) -> dict[str, Any]:
 
 def _encoded_device(device: DeviceSpeeds) -> dict[str, Any]:
     def table(speeds: dict[tuple[str, bool], TypeSpeed]) -> dict[str, list[float]]:
-        return {
-            kind + _REPACKED * repacked: [speed.decode_bytes_per_s, speed.prefill_weights_per_s]
-            for (kind, repacked), speed in speeds.items()
-        }
+        return {kind + _REPACKED * repacked: list(speed) for (kind, repacked), speed in speeds.items()}
 
     return {
         "dense": table(device.dense),
@@ -150,6 +154,7 @@ def _encoded_device(device: DeviceSpeeds) -> dict[str, Any]:
         "token_s": device.token_s,
         "decode_macs_per_s": device.decode_macs_per_s,
         "prefill_macs_per_s": device.prefill_macs_per_s,
+        "prefill_values_per_s": device.prefill_values_per_s,
         "measured": device.measured,
     }
 
@@ -163,8 +168,8 @@ def _decoded(stored: dict[str, Any]) -> Speeds:
 def _decoded_device(stored: dict[str, Any]) -> DeviceSpeeds:
     def table(speeds: dict[str, Any]) -> dict[tuple[str, bool], TypeSpeed]:
         return {
-            (key.removesuffix(_REPACKED), key.endswith(_REPACKED)): TypeSpeed(_amount(decode), _amount(prefill))
-            for key, (decode, prefill) in speeds.items()
+            (key.removesuffix(_REPACKED), key.endswith(_REPACKED)): TypeSpeed(*map(_amount, amounts))
+            for key, amounts in speeds.items()
         }
 
     return DeviceSpeeds(
@@ -174,6 +179,7 @@ def _decoded_device(stored: dict[str, Any]) -> DeviceSpeeds:
         token_s=_amount(stored["token_s"], zero=True),
         decode_macs_per_s=_amount(stored["decode_macs_per_s"]),
         prefill_macs_per_s=_amount(stored["prefill_macs_per_s"]),
+        prefill_values_per_s=_amount(stored["prefill_values_per_s"]),
         measured=stored["measured"] is True,
     )
 

@@ -24,7 +24,7 @@ from statistics import median
 from moelocal.errors import LoadFailed, MoelocalError, OutOfMemory
 from moelocal.machine.defaults import default_speeds
 from moelocal.machine.hardware import Device, Machine
-from moelocal.machine.speeds import DeviceSpeeds, Speeds, TypeSpeed
+from moelocal.machine.speeds import UNLIMITED, DeviceSpeeds, Speeds, TypeSpeed
 from moelocal.measure.disk import random_read_bytes_per_s, writable_parent
 from moelocal.measure.probe_model import (
     FILE_BYTES,
@@ -37,7 +37,7 @@ from moelocal.measure.probe_model import (
     type_bytes,
     write_probe_model,
 )
-from moelocal.measure.readings import SHORT_PROMPT, Reading, Where, read_attention, read_speed
+from moelocal.measure.readings import PROMPTS, Reading, Where, read_attention, read_speed
 from moelocal.paths import hub_folder
 from moelocal.units import format_bytes
 
@@ -49,7 +49,9 @@ _DENSE_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of the others, experts only: dense we
 BUDGET_S = 45.0  # then one more reading may still be running
 _SPACE_BYTES = 400 << 20
 _BASE_DEPTHS = (3, 8)
+_LEAST_BY_TOKEN = 0.5  # of a long batch's time, likewise
 _LEAST_SHARE = 0.2  # of a reading that can be the weights': noise may make the rest look longer than it is
+_ATTENTION_WEIGHTS = N_EMBD * 64 * 10  # of a base model's layer: 4 heads of q and output, one of k and v
 _CPU = "CPU"
 
 
@@ -173,7 +175,7 @@ class _Probe:
 
     # -- readings ---------------------------------------------------------------------------------------------------
 
-    def _read(self, model: ProbeModel, where: Where, prompts: tuple[int, ...] = (SHORT_PROMPT,)) -> Reading:
+    def _read(self, model: ProbeModel, where: Where, prompts: tuple[int, ...] = PROMPTS) -> Reading:
         return read_speed(self._path(model), model, where, prompts)
 
     def _path(self, model: ProbeModel) -> Path:
@@ -217,8 +219,7 @@ class _Probe:
             self._tell(0.0)
 
     def _read_base(self, found: _Found, model: ProbeModel) -> Reading:
-        prompts = (128,) if found.device.name == _CPU else (128, 512)
-        reading = self._read(model, self._where(found.device), prompts)
+        reading = self._read(model, self._where(found.device))
         if found.device.kind != "cpu" and model.by_expert and model.n_layers == _BASE_DEPTHS[0]:
             apart = Where(found.device.name, _CPU, self._machine.cpu.cores)
             more_s = self._read(model, apart, ()).decode_s - reading.decode_s
@@ -275,6 +276,7 @@ class _Probe:
             token_s=max(_LEAST_SHARE * line.fixed_s, line.fixed_s - type_bytes("Q8_0", N_EMBD * N_VOCAB) / bandwidth),
             decode_macs_per_s=found.macs_per_s[0],
             prefill_macs_per_s=found.macs_per_s[1],
+            prefill_values_per_s=_values_per_s(found, tables[False]),
             measured=bool(found.tables[True] or found.tables[False]),
         )
 
@@ -287,20 +289,44 @@ def _line(few_s: float, many_s: float, n_idle: int = 0) -> Line:
 
 
 def _speed(found: _Found, model: ProbeModel, reading: Reading) -> TypeSpeed:
-    """Bytes per second and weights per second, without what is not weights."""
+    """Bytes per second and weights per second, without what is not weights.
+
+    A batch takes what makes the weights ready plus a share for each token: the line through two lengths of it.
+    """
     beside = found.decode[model.by_expert].at(model.n_layers)
     decode_s = max(_LEAST_SHARE * reading.decode_s, reading.decode_s - beside)
-    known = [n for n in reading.prefill_s if (model.by_expert, n) in found.prefill]
-    n, n_working = max(known), model.n_layers - 1
-    batch_s = reading.prefill_s[n]
-    batch_s = max(_LEAST_SHARE * batch_s, batch_s - found.prefill[model.by_expert, n].at(n_working))
-    return TypeSpeed(model.active_bytes / decode_s, model.weights_per_layer * n_working * n / batch_s)
+    n_working = model.n_layers - 1
+    batches = {
+        n: max(_LEAST_SHARE * batch_s, batch_s - found.prefill[model.by_expert, n].at(n_working))
+        for n, batch_s in reading.prefill_s.items()
+        if (model.by_expert, n) in found.prefill
+    }
+    few, many = min(batches), max(batches)
+    token_s = batches[many] / many
+    if few < many:
+        token_s = min(token_s, max(_LEAST_BY_TOKEN * token_s, (batches[many] - batches[few]) / (many - few)))
+    ready_s = batches[many] - many * token_s
+    held = model.held_bytes * n_working / model.n_layers
+    batch_bytes_per_s = held / ready_s if ready_s > held / UNLIMITED else UNLIMITED
+    return TypeSpeed(model.active_bytes / decode_s, model.weights_per_layer * n_working / token_s, batch_bytes_per_s)
+
+
+def _values_per_s(found: _Found, dense: dict[tuple[str, bool], TypeSpeed]) -> float:
+    """Values of activations that a layer passes on per second: what the base model's layers take for a prompt, without
+    their weights and their attention."""
+    n = max(n for by_expert, n in found.prefill if by_expert)
+    layer_s, base = found.prefill[True, n].layer_s, base_model(True, 1)
+    rates = [rate.prefill_weights_per_s for (kind, _), rate in dense.items() if kind == "Q8_0"]
+    weights_s = (_ATTENTION_WEIGHTS + base.weights_per_layer) * n / rates[0] if rates else 0.0
+    attention_s = base.attention_macs * n * n / 2 / found.macs_per_s[1]
+    beside_s = max(_LEAST_SHARE * layer_s, layer_s - weights_s - attention_s)
+    return N_EMBD * n / beside_s if beside_s > 0 else UNLIMITED
 
 
 def _base_layer_bytes() -> float:
     """Bytes of attention, router and tiny experts that one layer of the base model reads."""
     base = base_model(True, 1)
-    attention = type_bytes("Q8_0", N_EMBD * 64 * 10)  # 4 heads of q and output, one of k and v
+    attention = type_bytes("Q8_0", _ATTENTION_WEIGHTS)
     return base.active_bytes + attention + type_bytes("F32", N_EMBD * base.n_experts)
 
 
@@ -313,9 +339,10 @@ def _completed(
         return measured or usual
     decode = median(measured[key].decode_bytes_per_s / usual[key].decode_bytes_per_s for key in both)
     prefill = median(measured[key].prefill_weights_per_s / usual[key].prefill_weights_per_s for key in both)
+    batch = median(speed.batch_bytes_per_s for speed in measured.values())
     kinds = {kind for kind, _ in measured}
     scaled = {
-        key: TypeSpeed(speed.decode_bytes_per_s * decode, speed.prefill_weights_per_s * prefill)
+        key: TypeSpeed(speed.decode_bytes_per_s * decode, speed.prefill_weights_per_s * prefill, batch)
         for key, speed in usual.items()
         if key[0] not in kinds
     }

@@ -21,7 +21,7 @@ from moelocal.model.header import read_header
 from moelocal.plan.cost import Placement
 from moelocal.plan.planner import Plan
 
-SHORT_PROMPT, LONG_PROMPT = 128, 512
+SHORT_PROMPT, LONG_PROMPT = PROMPTS = 128, 512  # the long one only where the short one is quick
 _N_CTX = 1024
 _DEPTH_STEP = 512  # tokens
 _DEEP_CTX = 5 * _DEPTH_STEP
@@ -29,7 +29,6 @@ _DECODES, _FEW_DECODES = 24, 6
 _DECODE_LIMIT_S = 0.5  # then a few decodes are enough
 _RUNS = 3
 _SLOW_S = 0.4  # a batch that takes longer is measured once
-_QUICK_S = 0.12  # one of 128 tokens that takes less is measured with 512 too, as a graphics card needs
 _LEAST_MORE = 0.05  # of a deep reading is attention's, whatever the noise says
 _FIRST_TOKEN = 259  # before it: control tokens and bytes
 
@@ -54,7 +53,7 @@ class Reading:
     repacked_bytes: int = 0
 
 
-def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, ...] = (SHORT_PROMPT,)) -> Reading:
+def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, ...] = PROMPTS) -> Reading:
     """Loads a model and times it, several times each.
 
     Raises:
@@ -69,9 +68,10 @@ def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, 
         noise = random.Random(0)
         _run(session, noise, 8, 2)  # brings weights and threads in
         decode_s = _quick(_run(session, noise, 8, _DECODES)[1])
-        prefill_s = {n: _prefill_s(session, noise, n) for n in prompts}
-        if SHORT_PROMPT in prefill_s and prefill_s[SHORT_PROMPT] < _QUICK_S and LONG_PROMPT not in prefill_s:
-            prefill_s[LONG_PROMPT] = _prefill_s(session, noise, LONG_PROMPT)
+        prefill_s: dict[int, float] = {}
+        for n in prompts:
+            if max(prefill_s.values(), default=0.0) < _SLOW_S:
+                prefill_s[n] = _prefill_s(session, noise, n)
         return Reading(decode_s, prefill_s, session.load_s, repacked)
 
 

@@ -7,7 +7,7 @@ out. Pure.
               + miss rate * active expert bytes / disk speed
     prefill = per ubatch: weights * tokens / the device's rate, at least the time to read the weights once; for experts
               in RAM beside a GPU: max(the GPU's time, used experts copied over PCIe); + attention; of the last layer's
-              FFN only the last token
+              FFN only the last token; + what a layer does with each token's activations beside
     load    = bytes / speed of the file, and of repacking
 
 Everything but the misses is a sum over layers: `Costs` computes the share of each kind of layer once, for every device
@@ -184,7 +184,10 @@ class Costs:
                 whole = layer.attention_bytes / max(1, layer.always_active_bytes)
                 prefill = whole * weights.prefill + (1 - whole) * weights.decode
                 weights = weights._replace(prefill=prefill)
-            beside = Seconds(self._speeds[name].layer_s, self._speeds[name].layer_s * self._n_batches, 0.0)
+            speeds = self._speeds[name]
+            values_per_s = speeds.prefill_values_per_s * self._share_of_cores(name)
+            values_s = self.work.n_prompt * self.facts.graph.n_embd / values_per_s
+            beside = Seconds(speeds.layer_s, speeds.layer_s * self._n_batches + values_s, 0.0)
             self._dense[key] = weights.plus(beside).plus(self._attention(name, layer))
         return self._dense[key]
 
@@ -222,7 +225,8 @@ class Costs:
             rate = self._rate(where, kind, is_expert=True)
             weights = tensor.n_bytes * share * _per_byte(kind)
             once = weights * self._n_at_once / rate.prefill_weights_per_s
-            once = max(once, tensor.n_bytes * used / rate.decode_bytes_per_s)
+            touched = tensor.n_bytes * used
+            once = max(once + touched / rate.batch_bytes_per_s, touched / rate.decode_bytes_per_s)
             if self._is_copied(home, where):
                 fast = self._rate(home, kind, is_expert=True)
                 copy = tensor.n_bytes * used / self._copy_bytes_per_s()
@@ -309,6 +313,7 @@ class Costs:
             rate = self._rate(name, kind, is_expert=False)
             read = n_bytes / rate.decode_bytes_per_s
             once = n_bytes * _per_byte(kind) * self._n_at_once / rate.prefill_weights_per_s
+            once += n_bytes / rate.batch_bytes_per_s
             decode += read
             prefill += max(once, read) * self._n_batches
             load += self._load_s(name, kind, n_bytes)
@@ -320,7 +325,7 @@ class Costs:
         repacked = self.work.repack and name == CPU and not is_plain
         found = table.get((kind, repacked)) or table.get((kind, False)) or table.get((kind, True)) or _typical(table)
         share = self._share_of_cores(name)
-        return TypeSpeed(found.decode_bytes_per_s * share, found.prefill_weights_per_s * share) if share < 1 else found
+        return TypeSpeed(*(amount * share for amount in found)) if share < 1 else found
 
     def _share_of_cores(self, name: str) -> float:
         return min(1.0, self.work.threads / self.machine.cpu.cores) if name == CPU else 1.0
