@@ -25,6 +25,7 @@ from moelocal.plan.outcome import outcome, sentence
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
 from tests.conftest import DEMO
+from tests.hub_server import HubServer
 from tests.model.stores import Places, places, shards, tiny_model
 
 __all__ = ["places"]
@@ -281,3 +282,18 @@ def test_rm_asks(places: Places, answer: str, status: int) -> None:
     os.close(slave)
     assert done.returncode == status and "[y/N]" in said
     assert link.exists() == bool(status)
+
+
+def test_the_life_of_a_model(places: Places) -> None:
+    with HubServer() as hub:
+        hub.add("o/r-GGUF", "m-Q4_K_M.gguf", DEMO.read_bytes())
+        env = {**os.environ, **hub.env(places.folder / "hf")}
+        shown = run("show", "o/r-GGUF:Q4_K_M", "--json", env=env)
+        assert shown.returncode == 0 and "Not on this disk" in shown.stderr
+        assert json.loads(shown.stdout)["path"] is None and json.loads(shown.stdout)["n_experts"] == 16
+        path = run("pull", "o/r-GGUF:Q4_K_M", env=env).stdout.strip()
+        assert [row["path"] for row in json.loads(run("list", "--json", env=env).stdout)] == [str(DEMO), path]
+        assert json.loads(run("show", "o/r-GGUF", "--json", env=env).stdout)["path"] == path
+        done = run("rm", "o/r-GGUF", "--yes", "--json", env=env)
+        assert json.loads(done.stdout)["freed_bytes"] == DEMO.stat().st_size
+        assert len(json.loads(run("list", "--json", env=env).stdout)) == 1
