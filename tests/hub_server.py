@@ -253,13 +253,15 @@ class _Handler(BaseHTTPRequestHandler):
                     start += sent
                     hub.wire[name] += sent
             return
+        if faults.bytes_per_s is not None:  # little may wait on the way to a process that is about to be killed
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE // 2)
         while start < end and limit > 0:
             piece = self._piece(stored, start, min(end, start + _PIECE, start + limit))
             if faults.flip_at is not None and start <= faults.flip_at < start + len(piece):
                 at = faults.flip_at - start
                 piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
-            hub.wire[name] += len(piece)
             self.connection.sendall(piece)
+            hub.wire[name] += len(piece)
             start, limit = start + len(piece), limit - len(piece)
             if faults.bytes_per_s is not None:
                 time.sleep(len(piece) / faults.bytes_per_s)

@@ -85,7 +85,7 @@ class Listing:
 
 def client() -> Any:
     """The HTTP client that huggingface_hub uses, with its proxies and certificates."""
-    from huggingface_hub import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined,unused-ignore]
 
     return get_session()
 

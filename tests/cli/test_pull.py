@@ -145,3 +145,23 @@ def test_the_table_is_answered(env: dict[str, str], hub: HubServer) -> None:
     assert process.stdout is not None
     with process.stdout as out:
         assert out.read().decode().strip().endswith("tiny-Q2_K.gguf")
+
+
+def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelocal.cli.render_pull import Bars
+    from moelocal.model.download import Progress
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bars = Bars()
+    size = 4 << 30
+    for done in (0, 5 * size + 12345, 20 * size):
+        files = [
+            (f"a-\x1b[31mlong-name-{i:05d}-of-00020.gguf", min(size, max(0, done - i * size)), size) for i in range(20)
+        ]
+        bars.update(Progress(tuple(files)))
+        bars._progress.refresh()
+    bars.close()
+    shown = capsys.readouterr().err
+    assert "all 20 files" in shown and "80.0/80.0 GiB" in shown and "long-name-00005" in shown
+    assert "\x1b[31mlong" not in shown

@@ -118,7 +118,7 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 def test_killed_in_the_middle_and_resumed(hub: HubServer, tmp_path: Path) -> None:
     data = weights(96)
     hub.add(REPO, "m-Q4_0.gguf", data)
-    hub.faults.bytes_per_s = 24e6  # each line
+    hub.faults.bytes_per_s = 12e6  # each line
     for share in (0.2, 0.5, 0.8):
         process = child(hub, tmp_path)
         wait_for(lambda share=share: hub.wire["m-Q4_0.gguf"] > share * len(data))  # type: ignore[misc]
@@ -136,6 +136,7 @@ def test_killed_in_the_middle_and_resumed(hub: HubServer, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).read_bytes() == data
     again = hub.wire["m-Q4_0.gguf"] - len(data)
+    print(f"{again:,} bytes fetched twice")
     assert again <= 3 * 0.01 * len(data), f"{again:,} bytes fetched twice in three kills"
 
 
