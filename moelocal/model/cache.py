@@ -55,7 +55,7 @@ def shelf_of(repo: str, name: str = "") -> Shelf | None:
     if place is None:
         return None
     folder = place / (_PREFIX + repo.replace("/", "--"))
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path.is_dir() raises where access is denied
         return read_shelf(repo, folder, name or repo)
     for other, folder in _folders():
         if other.lower() == repo.lower():
@@ -94,7 +94,7 @@ def read_shelf(repo: str, folder: Path, name: str) -> Shelf:
 def snapshots(folder: Path) -> list[Path]:
     """A repository's versions here: that of refs/main first, then the newest."""
     try:
-        main = (folder / "refs" / "main").read_text(encoding="ascii", errors="replace").strip()[:64]
+        main = (folder / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()[:64]
         found = [entry for entry in os.scandir(folder / "snapshots") if entry.is_dir()]
     except FileNotFoundError:
         main = ""

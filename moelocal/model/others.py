@@ -67,7 +67,7 @@ def _manifest(folder: Path, name: str) -> Stored | None:
     if len(digests) != 1 or digests[0] is None:  # several: a model in pieces, of which none is a GGUF file
         return None
     blob = _blob(folder, digests[0][1])
-    if blob is None or (isinstance(sizes[0], int) and blob.stat().st_size != sizes[0]):
+    if blob is None or (isinstance(sizes[0], int) and os.path.getsize(blob) != sizes[0]):
         return None
     host, owner, base, tag = parts
     shown = base if (host, owner) == (_DEFAULT_HOST, _DEFAULT_OWNER) else f"{owner}/{base}"
@@ -78,7 +78,7 @@ def _manifest(folder: Path, name: str) -> Stored | None:
 def _blob(folder: Path, digest: str) -> Path | None:
     for mark in "-:":  # older versions
         blob = folder / "blobs" / f"sha256{mark}{digest}"
-        if blob.is_file():
+        if os.path.isfile(blob):
             return blob
     return None
 

@@ -131,7 +131,7 @@ def _tidy(folder: Path) -> None:
     try:
         for name in files_below(folder / "refs"):
             ref = folder / "refs" / name
-            if ref.read_text(encoding="ascii", errors="replace").strip() not in commits:
+            if ref.read_text(encoding="utf-8", errors="replace").strip() not in commits:
                 ref.unlink()
         if not commits and not files_below(folder / "blobs"):
             shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,6 +240,24 @@ def test_places_that_are_not_there_or_not_readable(places: Places) -> None:
     places.hub.write_text("not a folder")
     places.ollama.write_text("neither")
     assert names() == []
+
+
+def test_a_cache_of_another_user(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    places.cached("o/r", "m-Q4_K_M.gguf", tiny_model())
+    real = os.stat
+
+    def denied(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if "models--" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **more)
+
+    def closed(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "listdir", closed)
+    assert "moelocal pull o/r" in refusal("o/r").hint
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
