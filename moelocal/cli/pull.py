@@ -72,6 +72,10 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     start = time.monotonic()
     try:
         paths = download(listing, taken.model, view.update)
+    except KeyboardInterrupt:
+        view.close()
+        note("Stopped. The same command goes on from here.")
+        raise
     finally:
         view.close()
     if view.n_fetched and not as_json:

@@ -31,6 +31,7 @@ _PIECE = re.compile(
 _LEAST_WAIT_S, _MOST_WAIT_S = 0.5, 60.0
 _TRIES = 5
 _TIMEOUT_S = 20.0
+_MOST_BYTES = 1 << 44  # of a file; no model comes near it
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """Answers of a server that may be different a little later."""
 
@@ -124,12 +125,16 @@ def list_models(repo: str) -> Listing:
 
     with translated(repo):
         info = patiently(ask)
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+        raise HubError(
+            f"{_site()} gives no version of {repo}: it does not speak as the hub does.", "Check HF_ENDPOINT."
+        )
     files = []
     for entry in info.siblings or ():
         lfs = getattr(entry, "lfs", None)
         digest = lfs.sha256 if lfs else entry.blob_id or ""
         n_bytes = (lfs.size if lfs else entry.size) or 0
-        if n_bytes > 0 and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+        if 0 < n_bytes < _MOST_BYTES and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
             files.append(HubFile(entry.rfilename, n_bytes, digest))
     models, incomplete = group(files)
     if not models:

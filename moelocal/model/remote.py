@@ -32,7 +32,7 @@ _LEAST_SHARD_BYTES = 32 << 10
 _SHARDS_BYTES = 6 << 20  # of all shards after the first together
 _TENSOR_BYTES = 160  # of a row in the table, more than they are
 _AT_ONCE = 4
-_KEPT = 200  # headers on disk
+_KEPT_BYTES = 256 << 20  # of headers on disk: of about 40 models
 _FOUR_BITS = re.compile(r"(?:Q|FP)[4-6]")
 
 
@@ -140,6 +140,8 @@ def _keep(kept: Path, data: bytes) -> None:
         except OSError:
             os.unlink(name)
             raise
-        old = sorted(kept.parent.glob("*.gguf-header"), key=lambda one: one.stat().st_mtime)
-        for one in old[:-_KEPT]:
-            one.unlink(missing_ok=True)
+        left = _KEPT_BYTES
+        for one in sorted(kept.parent.glob("*.gguf-header"), key=lambda one: -one.stat().st_mtime):
+            left -= one.stat().st_size
+            if left < 0 and one != kept:
+                one.unlink(missing_ok=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,6 +147,24 @@ def test_the_table_is_answered(env: dict[str, str], hub: HubServer) -> None:
     assert process.stdout is not None
     with process.stdout as out:
         assert out.read().decode().strip().endswith("tiny-Q2_K.gguf")
+
+
+def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(env: dict[str, str], tiny: Callable[[str], Path]) -> None:
+    data = tiny("tiny-qwen3moe").read_bytes() + bytes(12 << 20)
+    with HubServer() as slow:
+        slow.add("owner/Slow-GGUF", "slow-Q8_0.gguf", data)
+        slow.faults.bytes_per_s = 4e6
+        env |= {"HF_ENDPOINT": slow.endpoint}
+        command = [sys.executable, "-m", "moelocal", "pull", "owner/Slow-GGUF"]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while slow.wire["slow-Q8_0.gguf"] < 2_000_000:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+        assert process.returncode == 130 and "goes on from here" in err and not out and "Traceback" not in err
+        slow.faults.bytes_per_s = None
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and slow.wire["slow-Q8_0.gguf"] < len(data) + 1_000_000
 
 
 def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,3 +157,14 @@ def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         list_models(REPO)
+
+
+def test_listings_that_cannot_be(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    with monkeypatch.context() as patched:
+        patched.setattr("tests.hub_server.COMMIT", "../../elsewhere")
+        with pytest.raises(HubError, match="no version"):
+            list_models(REPO)
+    monkeypatch.setattr("tests.hub_server.Stored.size", 1 << 62)
+    with pytest.raises(ModelNotFound, match="no GGUF|no model"):
+        list_models(REPO)

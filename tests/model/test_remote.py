@@ -168,3 +168,11 @@ def test_a_damaged_or_unwritable_cache_is_no_error(hub: HubServer, home: Path) -
     kept.parent.rmdir()
     kept.parent.write_text("in the way")
     assert open_header(REPO)[0] == header
+
+
+def test_old_headers_make_room(hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelocal.model.remote._KEPT_BYTES", 25_000)
+    for i in range(4):
+        hub.add(f"owner/repo{i}", "m-Q4_0.gguf", small(10_000 + i))
+        open_header(f"owner/repo{i}")
+    assert len(list((home / "headers").iterdir())) == 2
