@@ -94,18 +94,15 @@ def read_shelf(repo: str, folder: Path, name: str) -> Shelf:
 def snapshots(folder: Path) -> list[Path]:
     """A repository's versions here: that of refs/main first, then the newest."""
     try:
-        main = (folder / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()[:64]
-        found = [entry for entry in os.scandir(folder / "snapshots") if entry.is_dir()]
-    except FileNotFoundError:
+        main = (folder / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         main = ""
-        try:
-            found = [entry for entry in os.scandir(folder / "snapshots") if entry.is_dir()]
-        except OSError:
-            return []
+    try:
+        with os.scandir(folder / "snapshots") as listing:
+            found = [(one.name != main, -one.stat().st_mtime, one.path) for one in listing if one.is_dir()]
     except OSError:
         return []
-    found.sort(key=lambda entry: (entry.name != main, -entry.stat().st_mtime, entry.name))
-    return [Path(entry.path) for entry in found]
+    return [Path(path) for _, _, path in sorted(found)]
 
 
 def leftovers(folder: Path) -> list[Path]:
