@@ -72,6 +72,9 @@ class HubServer:
         self.wire: Counter[str] = Counter()
         self.requests: list[tuple[str, str, str]] = []
         """(method, path, range) of each."""
+        self.sending: set[int] = set()
+        self.most_lines = 0
+        """Files' contents sent at the same time."""
         self.leaked = False
         """Whether a token came to the address that is not the hub's."""
         hub = self
@@ -240,7 +243,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if self.command == "GET":
-            self._send(name, stored, start, end)
+            hub, line = self.server_hub, threading.get_ident()
+            hub.sending.add(line)
+            hub.most_lines = max(hub.most_lines, len(hub.sending))
+            try:
+                self._send(name, stored, start, end)
+            finally:
+                hub.sending.discard(line)
 
     def _send(self, name: str, stored: Stored, start: int, end: int) -> None:
         faults, hub = self.server_hub.faults, self.server_hub

@@ -1,4 +1,4 @@
-"""One local file fetched from the hub: over several lines at once, resumable at any byte, checked before it is there.
+"""One local file from the hub: over several lines where that helps, resumable at any byte, checked before it is there.
 
 While it grows, the file is called NAME.moelocal.incomplete and has its full length, then a table: for each piece how
 many of its bytes have come. Bytes are written before they are counted, so a process that is killed loses the work of a
@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from moelocal.model.header import parse_header
 from moelocal.model.hub import HubError, HubFile
 from moelocal.model.ranges import RemoteFile
 
-_LINES = 4
+_MOST_LINES = 4
+_GOOD_LINE_BYTES_PER_S = 40e6  # a line as fast as that is held up by this computer, and more of them would not help
+_TRIED_S = 0.5
 _PIECE_BYTES = 32 << 20
 _HASHED_BYTES = 1 << 20
 _TICK_S = 0.1
@@ -140,21 +143,30 @@ class Transfer:
             self._counts = [0] * len(self._pieces)
             with self.target.partial.open("wb") as file:
                 file.truncate(self.target.n_bytes + _COUNT.size * len(self._pieces))
-        threads = [threading.Thread(target=self._guarded, args=(self._hash,), daemon=True)]
-        threads += [threading.Thread(target=self._guarded, args=(self._fetch,), daemon=True) for _ in range(_LINES)]
-        for thread in threads:
-            thread.start()
+        checker = self._start(self._hash)
+        lines = [self._start(self._fetch)]
+        since, before = time.monotonic(), self.n_done
         try:
-            while any(thread.is_alive() for thread in threads) and self._failure is None:
-                threads[0].join(_TICK_S)
-                on_progress(self.n_done)
+            while checker.is_alive() and self._failure is None:
+                checker.join(_TICK_S)
+                done, now = self.n_done, time.monotonic()
+                on_progress(done)
+                if len(lines) < _MOST_LINES and now - since >= _TRIED_S:
+                    if (done - before) / (now - since) < len(lines) * _GOOD_LINE_BYTES_PER_S:
+                        lines.append(self._start(self._fetch))
+                    since, before = now, done
         finally:
             self._give_up()
-        for thread in threads:
+        for thread in (checker, *lines):
             thread.join(_PATIENCE_S)  # a line may hang, and is left to itself
         if self._failure is not None:
             raise self._failure
         self._finish()
+
+    def _start(self, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+        thread.start()
+        return thread
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

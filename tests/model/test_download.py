@@ -205,6 +205,14 @@ def test_a_slow_server_is_waited_for(hub: HubServer) -> None:
     assert pull()[0].read_bytes() == data
 
 
+def test_slow_lines_get_company(hub: HubServer) -> None:
+    data = weights(24)
+    hub.add(REPO, "m-Q4_0.gguf", data)
+    hub.faults.bytes_per_s = 5e6
+    assert pull()[0].read_bytes() == data
+    assert 3 <= hub.most_lines <= 4
+
+
 def test_stopped_by_ctrl_c_and_resumed(hub: HubServer) -> None:
     data = weights(24)
     hub.add(REPO, "m-Q4_0.gguf", data)
