@@ -121,7 +121,9 @@ def test_more_vram_is_never_slower(shape: Shape, rig: Rig, more: int, request: P
     is_cut = not request.n_ctx and before.n_ctx < turn_of(request).n_ctx  # for lack of memory: another turn then
     assume(not is_cut or before.n_ctx == after.n_ctx)
     ours = turn_s(after, request) * penalty[after.kv_type]
-    assert ours <= turn_s(before, request) * penalty[before.kv_type] * (1 + 1e-6)
+    # of a model that RAM alone cannot hold, a GPU takes all it can, even where the CPU is a little faster
+    slack = 1.01 if facts.total_bytes > machine.ram_free_bytes else 1 + 1e-6
+    assert ours <= turn_s(before, request) * penalty[before.kv_type] * slack
 
 
 @many(300)
