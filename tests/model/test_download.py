@@ -210,7 +210,7 @@ def test_slow_lines_get_company(hub: HubServer) -> None:
     hub.add(REPO, "m-Q4_0.gguf", data)
     hub.faults.bytes_per_s = 5e6
     assert pull()[0].read_bytes() == data
-    assert 3 <= hub.most_lines <= 4
+    assert hub.most_lines >= 3
 
 
 def test_stopped_by_ctrl_c_and_resumed(hub: HubServer) -> None:
