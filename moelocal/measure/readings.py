@@ -1,7 +1,7 @@
 """One model run on one device: seconds per decoded token, per batch of a prompt, and to load.
 
-Of several readings the quicker quarter's last one counts: other programs only ever slow a reading, so on a quiet
-machine that is close to the median, and on a busy one still close to what the machine can do.
+Of several readings the median counts, since what is predicted is what people will see: on a busy machine nothing of it
+is kept (`others.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from moelocal.engine.allocation import logged_buffers
 from moelocal.engine.sampling import Sampling
@@ -25,7 +25,7 @@ SHORT_PROMPT, LONG_PROMPT = PROMPTS = 128, 512  # the long one only where the sh
 _N_CTX = 1024
 _DEPTH_STEP = 512  # tokens
 _DEEP_CTX = 5 * _DEPTH_STEP
-_DECODES, _FEW_DECODES = 24, 6
+_DECODES, _FEW_DECODES = 64, 6
 _DECODE_LIMIT_S = 0.5  # then a few decodes are enough
 _RUNS = 3
 _SLOW_S = 0.4  # a batch that takes longer is measured once
@@ -67,7 +67,7 @@ def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, 
             return Reading(0.0, {}, session.load_s, 0)  # llama.cpp has no other layout for this type here
         noise = random.Random(0)
         _run(session, noise, 8, 2)  # brings weights and threads in
-        decode_s = _quick(_run(session, noise, 8, _DECODES)[1])
+        decode_s = median(_run(session, noise, 8, _DECODES)[1])
         prefill_s: dict[int, float] = {}
         for n in prompts:
             if max(prefill_s.values(), default=0.0) < _SLOW_S:
@@ -93,7 +93,7 @@ def read_attention(path: Path, model: ProbeModel, where: Where) -> tuple[float, 
             _run_text(session, noise, text[:end], 1)
         last_s, deep = _run_text(session, noise, text, _DECODES)
     macs = float(model.attention_macs * 3 * step)
-    decode_s = max(_LEAST_MORE * _quick(deep), _quick(deep) - _quick(shallow))
+    decode_s = max(_LEAST_MORE * median(deep), median(deep) - median(shallow))
     return macs / decode_s, macs * step / max(_LEAST_MORE * last_s, last_s - first_s)
 
 
@@ -119,12 +119,7 @@ def _prefill_s(session: Session, noise: random.Random, n_tokens: int) -> float:
         found.append(_run(session, noise, n_tokens, 1)[0])
         if found[0] > _SLOW_S:
             break
-    return _quick(found)
-
-
-def _quick(seconds: Sequence[float]) -> float:
-    """The slowest of the quickest quarter."""
-    return sorted(seconds)[len(seconds) // 4]
+    return median(found)
 
 
 def _run(session: Session, noise: random.Random, n_tokens: int, n_decodes: int) -> tuple[float, list[float]]:
