@@ -72,7 +72,7 @@ class RemoteFile:
                 raise unreachable(error) from error
             except http().HTTPError as error:
                 failure = unreachable(error)
-            if failure is not None:
+            if failure is not None and start < end:
                 attempt += 1
                 if attempt == _TRIES:
                     raise failure
@@ -102,10 +102,8 @@ class RemoteFile:
                 if piece:
                     yield piece[:left]
                     left -= len(piece)
-                if left <= 0:
-                    if left < 0 or response.status_code == 200:
-                        return  # the rest of the answer is not wanted: leaving closes the line
-                    break
+                if left < 0 or (left == 0 and response.status_code == 200):
+                    return  # the rest of the answer is not wanted; one that is read to its end leaves its line open
 
     def _check(self, response: Any, start: int, end: int) -> int:
         """How many bytes at the beginning of an answer are not wanted."""
