@@ -82,7 +82,10 @@ def measure(folder: Path, n_bytes: int, pairs: int, line_mb_per_s: float) -> lis
             taken = {command[-2]: seconds(command, env, folder / "cache", size) for command in order}
             found.append((taken[ours[-2]], taken[theirs[-2]]))
             mine, other = found[-1]
-            print(f"moelocal {size / mine / 1e6:6.0f} MB/s   hf {size / other / 1e6:6.0f} MB/s   {other / mine:.2f}")
+            print(
+                f"moelocal {size / mine / 1e6:6.0f} MB/s   hf {size / other / 1e6:6.0f} MB/s   {other / mine:.2f}",
+                flush=True,
+            )
     finally:
         server.stdin.close()
         server.wait()

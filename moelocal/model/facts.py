@@ -135,16 +135,16 @@ class ModelFacts:
     extra_caches: tuple[KVCache, ...] = field(default=())
     graph: GraphFacts = field(default=GraphFacts())
 
-    def attention_macs(self, index: int) -> int:
+    def attention_macs(self, index: int, least_per_head: int = 0) -> int:
         """Multiplications of one query token with one position of a layer's cache, keys and values; 0 where there is
-        no attention, or the graph is not known."""
+        no attention, or the graph is not known. `least_per_head`: what a short head counts as."""
         graph = self.graph.layers[index].attention if index < len(self.graph.layers) else None
         if graph is None:
             return 0
         if graph.latent is not None:
             _, rope, rank = graph.latent
-            return graph.n_head * (2 * rank + rope)
-        return 2 * graph.out
+            return graph.n_head * max(least_per_head, 2 * rank + rope)
+        return max(2 * graph.out, graph.n_head * least_per_head)
 
     @property
     def is_moe(self) -> bool:

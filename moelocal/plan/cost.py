@@ -32,6 +32,7 @@ from moelocal.plan.llama_flags import offload_min_batch
 from moelocal.plan.memory import CPU, MemoryUse, Sizes, placed, ram_left, tally
 
 LoadMode = Literal["mmap", "none"]
+_LEAST_HEAD_MACS = 256  # one query against one position takes as long with heads of 64 values as with 128
 _PAGEABLE_SHARE = 0.7  # of the PCIe speed, when the source is mapped and not pinned: 36 to 56 % are reported
 _BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
 
@@ -202,7 +203,8 @@ class Costs:
             pairs = min(pairs, work.n_prompt * float(layer.kv_window))
         share = self._share_of_cores(name)
         seen = min(work.n_depth, layer.kv_window or work.n_depth)
-        decode = max(kv_read, macs * seen / (speeds.decode_macs_per_s * share))
+        decode_macs = self.facts.attention_macs(layer.index, _LEAST_HEAD_MACS)
+        decode = max(kv_read, decode_macs * seen / (speeds.decode_macs_per_s * share))
         return Seconds(decode, macs * pairs / (speeds.prefill_macs_per_s * share), 0.0)
 
     def output(self, name: str) -> Seconds:
