@@ -257,6 +257,7 @@ class Session:
                 self._take_checkpoint()
             if on_prefill is not None:
                 on_prefill(at - start, end - start)
+        self._low.llama_synchronize(self._context)  # a GPU or a worker may still be computing
 
     def _decode(self, batch: Any, ids: Sequence[int]) -> None:
         """Runs one batch of these tokens.
@@ -306,7 +307,6 @@ class Session:
             generated, finish, token = 0, None, None
             try:
                 self._prefill(tokens, on_prefill)
-                self._low.llama_synchronize(self._context)  # a GPU or a worker may still be computing
                 prompt_at = time.perf_counter()
                 sampler.accept(tokens[-sampling.penalty_last_n :] if sampling.penalty_last_n else ())
                 out = TextDecoder(sampling.stop)
