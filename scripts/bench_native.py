@@ -5,7 +5,7 @@ that other work disturbed is measured again, and what counts is the median of th
 far to trust it. Each figure comes from a process of its own with the same context, batch, threads and load settings.
 
 - decode, prefill: tokens/s of `Session.stream` against `llama-bench` (tg128, pp512), medians within the process.
-- llama-py: tokens/s of whole streamed answers of 512 tokens, against `llama_cpp.Llama`, in turn in one process.
+- llama-py: tokens/s of whole streamed answers (`--answer` tokens), against `llama_cpp.Llama`, in turn in one process.
 - start: process start to the first byte of the answer, against `llama-completion` with its default options (it warms
   up and fits memory first) and against its leanest ones (`--no-warmup -fit off`).
 - memory: peak resident bytes, against `llama-completion` on the same prompt. moelocal is a process tree, so its figure
@@ -40,7 +40,6 @@ MOELOCAL = [Path(sys.executable).with_name("moelocal")]
 PROMPT = "The history of the steam engine begins with"
 QUESTION = "Who are you?"
 N_PREFILL, N_DECODE, N_UBATCH = 512, 128, 512  # as in llama-bench's pp512 and tg128
-N_ANSWER = 512  # tokens of a streamed answer, as a chat's are long
 TESTS = ("decode", "prefill", "llama-py", "start", "memory", "demo")
 LARGE_BYTES = 2_000_000_000
 BUSY_SHARE = 0.1  # other work on more than this share of the CPUs makes figures doubtful
@@ -123,6 +122,7 @@ class Setup:
     repack: bool
     n_ctx: int
     temperature: float
+    n_answer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def in_child(setup: Setup, what: str, seed: int) -> dict[str, Any]:
         "what": what, "model": str(setup.model), "reps": setup.reps, "pairs": setup.pairs,
         "threads": setup.threads, "repack": setup.repack,
         "temperature": setup.temperature, "seed": seed, "n_prefill": N_PREFILL, "n_decode": N_DECODE,
-        "n_ubatch": N_UBATCH, "n_answer": N_ANSWER,
+        "n_ubatch": N_UBATCH, "n_answer": setup.n_answer,
     }  # fmt: skip
     answer: dict[str, Any] = json.loads(run([sys.executable, CHILD, json.dumps(spec)]).stdout)
     return answer
@@ -278,7 +278,8 @@ def prefill(setup: Setup) -> list[Row]:
 def llama_py(setup: Setup) -> list[Row]:
     pairs = in_child(setup, "llama-py", 0)["pairs"]
     ours_s, native_s = [ours for ours, _ in pairs], [native for _, native in pairs]
-    return [Row("llama-py", "tok/s", ours_s, native_s, "more", note="native: llama_cpp.Llama, streaming, same process")]
+    note = f"native: llama_cpp.Llama, streaming {setup.n_answer} tokens"
+    return [Row("llama-py", "tok/s", ours_s, native_s, "more", note=note)]
 
 
 def our_run(setup: Setup, n_tokens: int) -> list[str | Path]:
@@ -373,6 +374,7 @@ def parse_arguments() -> argparse.Namespace:
         "--no-repack", action="store_true", help="decode, prefill and llama-py without repacked weights"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="of decode and llama-py")
+    parser.add_argument("--answer", type=int, default=512, help="tokens of llama-py's answers")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.tests = args.only.split(",")
@@ -385,7 +387,7 @@ def main() -> int:
     args = parse_arguments()
     setup = Setup(
         args.native.resolve(), args.model.resolve(), args.pairs, args.reps, args.threads, not args.no_repack, args.ctx,
-        args.temperature,
+        args.temperature, args.answer,
     )  # fmt: skip
     busy = watched(lambda i: run(["sleep", str(i)]).cpu_s, 1)[1]
     print(f"load average {os.getloadavg()[0]:.2f}, {busy:.0%} of the CPUs busy", file=sys.stderr)

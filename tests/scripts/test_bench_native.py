@@ -52,7 +52,9 @@ def test_a_failing_command_tells_why() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_pairs_take_turns_and_disturbed_ones_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "watched", lambda measure, i: (measure(i), 0.9 if i == 0 else 0.0))
-    setup = bench.Setup(*(bench.ROOT,) * 2, pairs=3, reps=1, threads=1, repack=True, n_ctx=512, temperature=0.0)
+    setup = bench.Setup(
+        *(bench.ROOT,) * 2, pairs=3, reps=1, threads=1, repack=True, n_ctx=512, temperature=0.0, n_answer=64
+    )
     calls: list[str] = []
 
     def ours(i: int) -> float:
