@@ -58,7 +58,7 @@ def sentence(plan: Plan, facts: ModelFacts) -> str:
     """The plan in one line: `Experts of 23 layers on the GPU, of 25 in RAM: about 50 tokens/s.`"""
     found = outcome_of(plan)
     speed = f"{_about(found.decode_per_s)} tokens/s" if found.decode_per_s else "speed unknown"
-    speed = f"measured here: {speed}" if plan.measured else f"about {speed}"
+    speed = f"{speed} measured here" if plan.measured else f"about {speed}"
     if found.disk_bytes:
         return f"{format_bytes(found.disk_bytes)} more than memory holds, read from disk again and again: {speed}."
     if found.kind in ("fits the GPU", "in RAM"):
