@@ -16,31 +16,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+Progress = Callable[[float], bool]
 _POPULATE_WRITE = 23
 _LEAST_BYTES = 32 << 20
 _PIECE_BYTES = 8 << 20
 
 
 @contextmanager
-def prefaulting(wanted: bool = True) -> Iterator[Callable[[], None]]:
-    """Gives a function to call when the memory has been allocated and not yet filled; further calls do nothing.
+def prefaulting(progress: Progress, wanted: bool = True) -> Iterator[Progress]:
+    """Gives a callback that does what `progress` does, and from its first call on populates memory as well.
 
-    What is large, writable, anonymous and newer than the context is populated, until the context ends.
+    Populated is what is large, writable, anonymous and newer than the context, until the context ends.
     """
     if not wanted or sys.platform != "linux":
-        yield lambda: None
+        yield progress
         return
     before, ended = _mappings(), threading.Event()
     threads: list[threading.Thread] = []
 
-    def begin() -> None:
+    def first_begin(fraction: float) -> bool:
         if not threads:
             fresh = sorted(_mappings() - before)
             threads.append(threading.Thread(target=_populate, args=(fresh, ended), name="prefault", daemon=True))
             threads[0].start()
+        return progress(fraction)
 
     try:
-        yield begin
+        yield first_begin
     finally:
         ended.set()
         for thread in threads:

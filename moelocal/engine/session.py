@@ -60,12 +60,8 @@ def load(
         with interrupt:
             if plan.disk_bytes == 0 and plan.load_mode == "mmap":
                 warm(paths, on_progress)
-            with prefaulting(plan.repack or plan.load_mode == "none") as allocated_now:
-
-                def on_tensor(fraction: float) -> bool:
-                    allocated_now()
-                    return on_progress(fraction, 1.0)
-
+            is_copied = plan.repack or plan.load_mode == "none"
+            with prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied) as on_tensor:
                 model = llama.open_model(paths, plan, flags_of_plan(plan, header), on_tensor)
         session = Session(model, header, plan, interrupt, time.perf_counter() - start, checkpoints)
     except BaseException:

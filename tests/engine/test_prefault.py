@@ -14,6 +14,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 N_BYTES = 64 << 20
 
 
+def seen_all(fraction: float) -> bool:
+    return fraction < 1.0
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -32,12 +36,11 @@ def fresh_memory() -> mmap.mmap:
 
 
 def test_new_memory_becomes_present_with_its_contents() -> None:
-    with prefaulting() as begin:
+    with prefaulting(seen_all) as progress:
         memory = fresh_memory()
         memory[:5], memory[-5:] = b"first", b"final"
         before = resident_bytes()
-        begin()
-        begin()
+        assert progress(0.0) and not progress(1.0)
         present = wait_until_present(before + N_BYTES * 9 // 10)
     if not present:
         pytest.skip("this kernel does not populate memory on request")
@@ -47,12 +50,12 @@ def test_new_memory_becomes_present_with_its_contents() -> None:
 def test_what_was_there_before_and_what_nobody_asked_for_stays_as_it_is() -> None:
     memory = fresh_memory()
     before = resident_bytes()
-    with prefaulting() as begin:
-        begin()
-    with prefaulting(wanted=False) as begin:
+    with prefaulting(seen_all) as progress:
+        progress(0.0)
+    with prefaulting(seen_all, wanted=False) as progress:
         other = fresh_memory()
-        begin()
-    with prefaulting():
+        progress(0.0)
+    with prefaulting(seen_all):
         third = fresh_memory()
     assert resident_bytes() < before + N_BYTES // 2
     assert len(memory) + len(other) + len(third) == 3 * N_BYTES
