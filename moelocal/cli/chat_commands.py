@@ -66,7 +66,8 @@ def run_command(chat: Chat, line: str) -> Outcome:
     Raises:
         MoelocalError: it is unknown or cannot be done; nothing has changed.
     """
-    name, argument = re.fullmatch(r"(\S+)\s*(.*)", line.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    name, argument = (*line.split(maxsplit=1), "")[:2]
+    argument = argument.rstrip()
     name = _ALIASES.get(name.lower(), name.lower())
     command = COMMANDS.get(name)
     if command is None:

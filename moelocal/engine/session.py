@@ -19,7 +19,7 @@ from moelocal.engine.prefault import prefaulting
 from moelocal.engine.sampling import Sampler, Sampling
 from moelocal.engine.state import StateFile
 from moelocal.engine.text import TextDecoder
-from moelocal.engine.timings import Chunk, Timings, timings_of
+from moelocal.engine.timings import Chunk, FinishReason, Timings, timings_of
 from moelocal.engine.warm import warm
 from moelocal.errors import BadRequest, ContextFull, LoadFailed, MoelocalError
 from moelocal.model.header import GGUFHeader
@@ -300,7 +300,8 @@ class Session:
             self.open()
             start, prompt_at, first_at = time.perf_counter(), 0.0, 0.0
             n_cached = self._rewind(tokens)
-            generated, finish, token = 0, None, None
+            generated, token = 0, None
+            finish: FinishReason | None = None
             try:
                 self._prefill(tokens, on_prefill)
                 prompt_at = time.perf_counter()
@@ -332,7 +333,7 @@ class Session:
                 n_prompt = min(len(tokens), len(self.cached))
                 self.timings = timings_of(self.load_s, (n_prompt, n_cached, generated), marks)
             rest = out.flush() if token is None else text + out.flush()
-            yield Chunk(rest, token, self.timings, finish)  # type: ignore[arg-type]
+            yield Chunk(rest, token, self.timings, finish)
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         """Raises BadRequest for an empty prompt, ContextFull for one that leaves no room for an answer."""
