@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "moelocal/model/demo/demo.gguf"
+
+# The same examples in every run; `MOELOCAL_EXAMPLES=20 scripts/test tests/plan` looks at other ones, and at more.
+settings.register_profile("same", derandomize="MOELOCAL_EXAMPLES" not in os.environ)
+settings.load_profile("same")
 
 
 def script(name: str) -> ModuleType:

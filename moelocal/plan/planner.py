@@ -9,7 +9,7 @@ from what the objective needs and grows where that moves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -241,24 +241,33 @@ def _trials(
         for n_ubatch in n_ubatches:
             n_ubatch = min(n_ubatch, n_ctx)
             sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch)
+            searches: list[Search] = []
+            found: list[Trial] = []
             for repack, load_mode in _GPU_MODES if here.gpus else _CPU_MODES:
                 threads = request.threads or here.cpu.cores
                 work = Work(kv_type, n_ubatch, threads, repack, load_mode, turn.n_prompt, min(turn.n_depth, n_ctx))
-                trial = _best_placement(Costs(facts, here, work, correct), sizes, request, turn, n_ctx)
+                n_away = request.experts_on_cpu if here.gpus else None
+                costs = Costs(facts, here, work, correct)
+                searches.append(Search(costs, sizes, _rooms(here, sizes), turn.seconds, n_away))
+                trial = _best(searches[-1], searches[-1].candidates(), turn, n_ctx)
                 if trial is None:
                     continue
+                found.append(trial)
                 yield trial
                 if not ({*trial.setting.placement.layers, *trial.setting.placement.experts} & {CPU}):
                     return
+            # what is best when weights are copied may be better mapped, and the other way round
+            placements = tuple(dict.fromkeys(trial.setting.placement for trial in found))
+            for search in searches if len(placements) > 1 else ():
+                yield from filter(None, [_best(search, placements, turn, n_ctx)])
 
 
-def _best_placement(costs: Costs, sizes: Sizes, request: PlanRequest, turn: Turn, n_ctx: int) -> Trial | None:
-    here, work = costs.machine, costs.work
-    n_away = request.experts_on_cpu if here.gpus else None
-    search = Search(costs, sizes, _rooms(here, sizes), turn.seconds, n_away)
+def _best(search: Search, placements: Iterable[Placement], turn: Turn, n_ctx: int) -> Trial | None:
+    """The fastest of these placements that fits."""
+    here, work = search.costs.machine, search.costs.work
     best: Trial | None = None
-    for placement in search.candidates():
-        if n_away is not None and not set(placement.layers) - {CPU}:
+    for placement in placements:
+        if search.n_away is not None and not set(placement.layers) - {CPU}:
             continue
         uses, seconds = search.weighed(placement)
         if not _fits(here, uses, copied=work.repack or work.load_mode == "none"):

@@ -44,7 +44,7 @@ class Search:
         weigh: Callable[[Seconds], float],
         n_away: int | None = None,
     ) -> None:
-        self._costs, self._sizes, self._weigh, self._n_away = costs, sizes, weigh, n_away
+        self.costs, self.n_away, self._sizes, self._weigh = costs, n_away, sizes, weigh
         self._rooms = rooms
         self._layers = costs.facts.layers
         facts = costs.facts
@@ -62,8 +62,8 @@ class Search:
         """The memory and the seconds of a placement, computed once."""
         found = self._known.get(placement)
         if found is None:
-            uses = placed(self._costs.facts, self._costs.machine, placement, self._sizes)
-            found = self._known[placement] = uses, self._costs.total(placement, self._sizes, uses)
+            uses = placed(self.costs.facts, self.costs.machine, placement, self._sizes)
+            found = self._known[placement] = uses, self.costs.total(placement, self._sizes, uses)
         return found
 
     def candidates(self) -> Iterator[Placement]:
@@ -83,19 +83,19 @@ class Search:
             if len(rooms) == 1:
                 counts = [self._worth(rooms[0], counts[0])]
             made = [self._built(rooms, counts)] if sum(counts) < n else []
-            if self._costs.facts.is_moe and self._n_away is None:
+            if self.costs.facts.is_moe and self.n_away is None:
                 made.append(self._built(rooms, self._most(rooms, self._full, is_staged=False), is_whole=True))
             yield from filter(None, made)
         if best is not None and len(best[1]) > 1:
             yield self._improved(*best)
-        if self._n_away is None and not self._costs.work.repack and self._costs.work.load_mode == "mmap":
+        if self.n_away is None and not self.costs.work.repack and self.costs.work.load_mode == "mmap":
             yield from self._like_fit()
 
     def _like_fit(self) -> Iterator[Placement]:
         """What llama.cpp's `--fit` would do, and the same layers per device filled up."""
-        here = self._costs.machine
+        here = self.costs.machine
         free = tuple(device.free_bytes + margin_bytes(device) for device in here.gpus)
-        fit = fit_layout(self._costs.facts, here, self._sizes, free)
+        fit = fit_layout(self.costs.facts, here, self._sizes, free)
         if fit is not None:
             yield fit
             counts = [fit.layers.count(room.name) for room in self._rooms]
@@ -179,15 +179,15 @@ class Search:
 
     def _saved_away(self, room: Room, layer: LayerFacts) -> float:
         """Seconds that a layer saves on a device while its experts stay in RAM."""
-        saved = self._weigh(self._costs.dense(CPU, layer)) - self._weigh(self._costs.dense(room.name, layer))
+        saved = self._weigh(self.costs.dense(CPU, layer)) - self._weigh(self.costs.dense(room.name, layer))
         saved -= 2 * self._hop if layer.expert_tensors else 0
         for tensor in layer.expert_tensors:
-            saved += self._weigh(self._costs.expert(CPU, CPU, layer, tensor))
-            saved -= self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
+            saved += self._weigh(self.costs.expert(CPU, CPU, layer, tensor))
+            saved -= self._weigh(self.costs.expert(room.name, CPU, layer, tensor))
         return saved
 
     def _stage(self, room: Room) -> int:
-        return room.stage if self._costs.facts.is_moe else 0
+        return room.stage if self.costs.facts.is_moe else 0
 
     def _is_moe(self, index: int) -> bool:
         return bool(self._layers[index].expert_tensors)
@@ -224,7 +224,7 @@ class Search:
             if rest < 0:
                 return None
             spare[room.name] = rest
-        if fills and len(used) > 1 and self._n_away is None:
+        if fills and len(used) > 1 and self.n_away is None:
             self._spill(used[0][0], spare, homes, experts, parts)
         return Placement(tuple(homes), tuple(experts), used[-1][0].name, tuple(parts))
 
@@ -236,13 +236,13 @@ class Search:
         for i in set(indices) - set(moe):
             experts[i] = room.name
         order = self._ordered(room)
-        if self._n_away is not None:
-            order = order[: max(0, len(order) - self._n_away)]
+        if self.n_away is not None:
+            order = order[: max(0, len(order) - self.n_away)]
         chosen = [i for i in order if i in indices] if fills else []
         need = sum(self._layers[i].routed_expert_bytes for i in chosen)
         if len(chosen) < len(moe) or need > left:
             left -= self._stage(room)
-        if left < 0 or (self._n_away is not None and need > left):
+        if left < 0 or (self.n_away is not None and need > left):
             return -1
         for i in chosen:
             layer = self._layers[i]
@@ -301,7 +301,7 @@ class Search:
         kind = self._sizes.kinds[index]
         key = kind, home, name
         if key not in self._saved:
-            layer, costs = self._layers[kind], self._costs
+            layer, costs = self._layers[kind], self.costs
             self._saved[key] = tuple(
                 self._weigh(costs.expert(home, home, layer, tensor))
                 - self._weigh(costs.expert(home, name, layer, tensor))
@@ -313,8 +313,8 @@ class Search:
         """The layer's smallest tensors that fit."""
         for tensor in sorted(layer.expert_tensors, key=lambda tensor: tensor.n_bytes):
             left -= tensor.n_bytes
-            slow = self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
-            if left < 0 or self._weigh(self._costs.expert(room.name, room.name, layer, tensor)) > slow:
+            slow = self._weigh(self.costs.expert(room.name, CPU, layer, tensor))
+            if left < 0 or self._weigh(self.costs.expert(room.name, room.name, layer, tensor)) > slow:
                 return
             yield tensor.name, room.name
 
@@ -324,12 +324,12 @@ class Search:
         The order is that of plain decode, so that it is the same however the rest is chosen.
         """
         if room.name not in self._order:
-            always = self._n_away is not None or self._is_short
+            always = self.n_away is not None or self._is_short
             worth: dict[int, float] = {}
             for kind in set(self._sizes.kinds):
                 layer = self._layers[kind]
                 if layer.expert_tensors and (always or self._gain(room, layer) > 0):
-                    worth[kind] = self._costs.saved_per_byte(room.name, layer)
+                    worth[kind] = self.costs.saved_per_byte(room.name, layer)
             last = len(self._layers) - 1  # a prompt hardly uses its experts, so they come after their equals
             moe = [(worth[kind], i != last, i) for i, kind in enumerate(self._sizes.kinds) if kind in worth]
             self._order[room.name] = [index for _, _, index in sorted(moe, reverse=True)]
@@ -338,14 +338,14 @@ class Search:
     def _gain(self, room: Room, layer: LayerFacts) -> float:
         gain = self._hop * 2
         for tensor in layer.expert_tensors:
-            gain += self._weigh(self._costs.expert(room.name, CPU, layer, tensor))
-            gain -= self._weigh(self._costs.expert(room.name, room.name, layer, tensor))
+            gain += self._weigh(self.costs.expert(room.name, CPU, layer, tensor))
+            gain -= self._weigh(self.costs.expert(room.name, room.name, layer, tensor))
         return gain
 
     @property
     def _is_short(self) -> bool:
         """Whether RAM cannot hold the model: then whatever a GPU takes is saved from the disk."""
-        return self._costs.facts.total_bytes > self._costs.machine.ram_free_bytes
+        return self.costs.facts.total_bytes > self.costs.machine.ram_free_bytes
 
 
 def _all_splits(n: int, n_devices: int) -> Iterator[list[int]]:
