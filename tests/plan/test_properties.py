@@ -144,7 +144,7 @@ def test_more_ram_is_never_slower(shape: Shape, rig: Rig, more: int) -> None:
 @many(500)
 @given(shapes(), rigs(), st.sampled_from([None, 4096, 16384]))
 def test_never_slower_than_llama_cpps_fit(shape: Shape, rig: Rig, n_ctx: int | None) -> None:
-    """Where what `--fit` does holds: of several cards it checks only the one that it fills, and may overfill another."""
+    """Where the layout of `--fit` holds: of several cards it checks only the one that it fills; others may overflow."""
     assume(rig.gpus)
     facts, machine = make_facts(shape), rig.build()
     fit = Fit(facts, machine, n_ctx)
