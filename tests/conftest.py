@@ -67,7 +67,7 @@ def open_session() -> Iterator[Callable[..., Any]]:
         plan = Plan(
             n_ctx=n_ctx, kv_type="f16", n_ubatch=n_ubatch, threads=1, n_gpu_layers=0, repack=True, load_mode="mmap"
         )
-        session = load([path], read_header(path), plan, checkpoints=checkpoints)
+        session = load([path], read_header(path), plan, one_shot=not checkpoints)
         opened.append(session)
         return session
 

@@ -45,7 +45,7 @@ def chat(
     from moelocal.cli.chat_state import Chat
 
     reference = model or _last_model()
-    opened = open_model(reference, placement, verbose, generation.raw, checkpoints=True)
+    opened = open_model(reference, placement, verbose, generation.raw)
     with opened.session as session:
         sampling = make_sampling(generation, session.header.metadata, session)
         if model is not None:

@@ -67,17 +67,12 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    reference: str,
-    placement: Placement,
-    verbose: bool = False,
-    raw: bool = False,
-    checkpoints: bool = False,
-    one_shot: bool = False,
+    reference: str, placement: Placement, verbose: bool = False, raw: bool = False, one_shot: bool = False
 ) -> Opened:
     """Reads, plans and loads a model, with a progress bar when that takes a while.
 
     Python modules that are needed only afterwards are imported meanwhile: llama.cpp does not hold the interpreter.
-    `one_shot`: one answer only, so the time to load counts in full.
+    `one_shot`: one answer only, so the time to load counts in full, and nothing is kept to go back to.
 
     Raises:
         MoelocalError: the model is not there, is damaged, does not fit, or llama.cpp refuses it.
@@ -109,7 +104,7 @@ def open_model(
         raise KeyboardInterrupt
     meanwhile = threading.Thread(target=_import_what_follows, args=(raw,))
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
-        loader = _Loader(path, header, bar, checkpoints, meanwhile)
+        loader = _Loader(path, header, bar, one_shot, meanwhile)
         history = known(path, facts, machine)
         session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
     meanwhile.join()
@@ -145,7 +140,7 @@ class _Loader(NamedTuple):
     path: Path
     header: GGUFHeader
     bar: LoadingBar
-    checkpoints: bool
+    one_shot: bool
     meanwhile: threading.Thread  # started when the interpreter has nothing else to do
 
     def load(self, machine: Machine, plan_for: Callable[[Machine], Plan]) -> Session:
@@ -173,7 +168,7 @@ class _Loader(NamedTuple):
         if self.meanwhile.ident is None:
             sys.setswitchinterval(_SWITCH_LOADING_S)
             self.meanwhile.start()
-        session = load(paths, self.header, plan, self.bar.update, self.checkpoints)
+        session = load(paths, self.header, plan, self.bar.update, self.one_shot)
         if any(use.kind != "cpu" for use in plan.per_device):  # a GPU's memory is taken now or never
             try:
                 session.open()

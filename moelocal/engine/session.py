@@ -35,14 +35,14 @@ def load(
     header: GGUFHeader,
     plan: Plan,
     progress: Callable[[float], None] | None = None,
-    checkpoints: bool = False,
+    one_shot: bool = False,
 ) -> Session:
     """Loads the weights as the plan says. The context is made when first needed: `reserve` can still set its size.
 
     Args:
         paths: the checkpoint's files, in the order of its shards.
         progress: called with 0.0 to 1.0.
-        checkpoints: for chats: keep a rewind point if the model's memory cannot be cut back (recurrent, window).
+        one_shot: one answer only: no rewind point where memory cannot be cut back (recurrent, window), no huge pages.
 
     Raises:
         KeyboardInterrupt: Ctrl-C during the load.
@@ -61,9 +61,9 @@ def load(
             if plan.disk_bytes == 0 and plan.load_mode == "mmap":
                 warm(paths, on_progress)
             is_copied = plan.repack or plan.load_mode == "none"
-            with prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied) as on_tensor:
+            with prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied, not one_shot) as on_tensor:
                 model = llama.open_model(paths, plan, flags_of_plan(plan, header), on_tensor)
-        session = Session(model, header, plan, interrupt, time.perf_counter() - start, checkpoints)
+        session = Session(model, header, plan, interrupt, time.perf_counter() - start, not one_shot)
     except BaseException:
         interrupt.close()
         raise

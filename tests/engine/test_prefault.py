@@ -47,6 +47,35 @@ def test_new_memory_becomes_present_with_its_contents() -> None:
     assert memory[:5] == b"first" and memory[-5:] == b"final" and not any(memory[1 << 20 : 2 << 20])
 
 
+def huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+
+
+def test_huge_pages_where_the_system_allows_them() -> None:
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.exists() or "[madvise]" not in allowed.read_text():
+        pytest.skip("this system decides about huge pages by itself")
+    before = huge_bytes()
+    found = {}
+    for huge in (False, True):
+        with prefaulting(seen_all, huge=huge) as progress:
+            memory = fresh_memory()
+            present = resident_bytes() + N_BYTES * 9 // 10
+            progress(0.0)
+            if not wait_until_present(present):
+                pytest.skip("this kernel does not populate memory on request")
+        found[huge] = huge_bytes() - before
+        memory.close()
+    assert found[False] < N_BYTES // 4 and (found[True] > N_BYTES // 4 or free_huge_bytes() < N_BYTES)
+
+
+def free_huge_bytes() -> int:
+    """Free memory in blocks of 2 MiB and more. Source: proc_buddyinfo(5)."""
+    zones = (line.split() for line in Path("/proc/buddyinfo").read_text().splitlines())
+    return sum(int(n) << (order + 12) for zone in zones for order, n in enumerate(zone[4:]) if order >= 9)
+
+
 def test_what_was_there_before_and_what_nobody_asked_for_stays_as_it_is() -> None:
     memory = fresh_memory()
     before = resident_bytes()
