@@ -107,6 +107,8 @@ def open_model(
         loader = _Loader(path, header, bar, one_shot, meanwhile)
         history = known(path, facts, machine)
         session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
+    if placement.rpc:
+        rpc.drop_when_silent()
     meanwhile.join()
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what starting made stays; collections look only at what comes now

@@ -141,13 +141,12 @@ class Placement:
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters that are groups became their fields, as Typer wants them."""
-    hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Any, list[str]]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation  # as written: typing.get_type_hints on Python 3.10 wraps what has None as default
         if not is_dataclass(kind):
-            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         inner = get_type_hints(kind, include_extras=True)
         groups[parameter.name] = (kind, [field.name for field in fields(kind)])

@@ -10,11 +10,14 @@ ggml/include/ggml-rpc.h: RPC_PROTO_*_VERSION.
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 from moelocal.engine import abi, llama
 from moelocal.engine.address import parse_endpoint
@@ -25,6 +28,14 @@ from moelocal.machine.system import System
 _TIMEOUT_S = 3.0
 _HELLO = bytes([14]) + struct.pack("<Q", 24) + bytes(24)  # command, size, capabilities of the connection: none
 _HELLO_ANSWER_BYTES = 8 + 3 + 1 + 24  # size; version; padding; capabilities
+_SILENCE = {  # a machine that is gone closes nothing: after about 12 s without a sign of life the line is dropped
+    "SO_KEEPALIVE": (socket.SOL_SOCKET, 1),
+    "TCP_KEEPIDLE": (socket.IPPROTO_TCP, 5),  # seconds
+    "TCP_KEEPALIVE": (socket.IPPROTO_TCP, 5),  # its name on macOS
+    "TCP_KEEPINTVL": (socket.IPPROTO_TCP, 2),
+    "TCP_KEEPCNT": (socket.IPPROTO_TCP, 3),
+    "TCP_USER_TIMEOUT": (socket.IPPROTO_TCP, 12_000),  # ms; Linux only: what was sent and not acknowledged
+}
 _MAX_WORKERS = 16  # GGML_RPC_MAX_SERVERS
 _registered: set[str] = set()  # a registry stays for the life of the process
 
@@ -54,6 +65,21 @@ def add_workers(endpoints: Sequence[str]) -> tuple[str, ...]:
         register(registry)
         _registered.add(address)
     return found
+
+
+def drop_when_silent() -> None:
+    """Has the system drop this process's lines to workers when the other machine is gone: llama.cpp waits for ever, and
+    only ends when the line does. For POSIX systems, whose sockets are plain files.
+
+    Source: tcp(7).
+    """
+    for connection in psutil.Process().net_connections("tcp") if os.name == "posix" else ():
+        if not connection.raddr or "{}:{}".format(*connection.raddr) not in _registered:
+            continue
+        with socket.socket(fileno=os.dup(connection.fd)) as line:
+            for name, (level, value) in _SILENCE.items():
+                if hasattr(socket, name):
+                    line.setsockopt(level, getattr(socket, name), value)
 
 
 def rpc_function(name: str) -> Any:

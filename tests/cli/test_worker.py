@@ -186,6 +186,21 @@ def test_one_client_at_a_time_and_one_worker_under_two_names() -> None:
         assert done.stdout == ANSWER + "\n", done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sockets are no files")
+def test_a_line_is_dropped_when_the_machine_at_its_other_end_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listener(None) as port, socket.create_connection(("127.0.0.1", port)) as line:
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            monkeypatch.setattr(rpc, "_registered", {f"127.0.0.1:{port}"})
+            rpc.drop_when_silent()
+            assert other.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+        monkeypatch.setattr(rpc, "_registered", set())
+        with socket.create_connection(("127.0.0.1", port)) as strange:
+            rpc.drop_when_silent()
+            assert not strange.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def test_a_worker_that_vanishes_in_the_middle_of_an_answer() -> None:
     with worker() as (port, process):
         args = ["run", "demo", "Tell me a story.", "--raw", "--max-tokens", "100000", "--ctx", "4096", *QUICK]

@@ -67,6 +67,7 @@ def main() -> None:
         parts = tuple((name, device) for name, device in made["parts"])
         placement = Placement(tuple(made["layers"]), tuple(made["experts"]), made["output"], parts)
         results.append(answer(Path(path), placement))
+    rpc.drop_when_silent()
     kinds = {device.name: device.kind for device in llama.devices()}
     print(json.dumps({"results": results, "kinds": kinds}))
 
