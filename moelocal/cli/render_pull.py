@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from moelocal.cli.screen import harmless
@@ -54,11 +54,11 @@ class Bars:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),  # in a narrow window shortened
             BarColumn(None),
-            DownloadColumn(binary_units=True),
-            SpeedColumn(),
-            TimeRemainingColumn(compact=True),
+            DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
+            SpeedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=_console(),
             transient=True,
             expand=True,
@@ -75,7 +75,7 @@ class Bars:
                 self._tasks.append(self._progress.add_task(short, total=size, completed=done))
             if len(download.files) > 1:
                 self._total = self._progress.add_task(
-                    f"all {len(download.files)} files", total=download.n_bytes, completed=download.n_done
+                    f"all\u00a0{len(download.files)}\u00a0files", total=download.n_bytes, completed=download.n_done
                 )
         current = next((i for i, (_, done, size) in enumerate(download.files) if done < size), len(self._tasks) - 1)
         first = max(0, min(current - 1, len(self._tasks) - _MOST_BARS))

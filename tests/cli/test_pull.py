@@ -167,6 +167,22 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(env: dict[str, str], 
         assert done.returncode == 0 and slow.wire["slow-Q8_0.gguf"] < len(data) + 1_000_000
 
 
+def test_a_narrow_window_shortens_the_name_not_the_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moelocal.cli.render_pull import Bars
+    from moelocal.model.download import Progress
+
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bars = Bars()
+    bars.update(Progress((("a-model-with-quite-a-long-file-name-Q4_K_M.gguf", 100 << 20, 400 << 20),)))
+    bars._progress.refresh()
+    bars.close()
+    shown = capsys.readouterr().err
+    assert "a-model" in shown and "100.0/400.0 MiB" in shown and "Q4_K_M.gguf" not in shown
+
+
 def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from moelocal.cli.render_pull import Bars
     from moelocal.model.download import Progress
@@ -183,5 +199,5 @@ def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: py
         bars._progress.refresh()
     bars.close()
     shown = capsys.readouterr().err
-    assert "all 20 files" in shown and "80.0/80.0 GiB" in shown and "long-name-00005" in shown
+    assert "all\u00a020\u00a0files" in shown and "80.0/80.0 GiB" in shown and "long-name-00005" in shown
     assert "\x1b[31mlong" not in shown
