@@ -9,6 +9,7 @@ huggingface_hub is slow to import, so that happens inside. It respects HF_ENDPOI
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ _PIECE = re.compile(
     r"(?P<stem>.*)\.gguf(?:[.-]part(?P<number>\d+)of(?P<count>\d+)|[.-](?:split|part)-?(?P<letter>[a-z]|\d{1,3}))",
     re.IGNORECASE | re.DOTALL,
 )
-_LEAST_WAIT_S, _MOST_WAIT_S = 0.5, 60.0
+_LEAST_WAIT_S, _TOLD_WAIT_S, _MOST_WAIT_S = 0.5, 3.0, 60.0
 _TRIES = 5
 _TIMEOUT_S = 20.0
 _MOST_BYTES = 1 << 44  # of a file; no model comes near it
@@ -261,10 +262,13 @@ def patiently(ask: Callable[[], T]) -> T:
 
 
 def pause_s(attempt: int, answered: Any) -> float:
-    """Seconds to wait before asking again: what the server says (`Retry-After`), else longer each time."""
+    """Seconds to wait before asking again: what the server says (`Retry-After`), else longer each time. A long wait is
+    told as a warning of Python's logging, which goes to stderr."""
     told = str(answered.get("Retry-After", ""))
-    wait_s = float(told) if told.isdecimal() else _LEAST_WAIT_S * 2**attempt
-    return min(wait_s, _MOST_WAIT_S)
+    wait_s = min(float(told) if told.isdecimal() else _LEAST_WAIT_S * 2**attempt, _MOST_WAIT_S)
+    if wait_s >= _TOLD_WAIT_S:
+        logging.getLogger(__name__).warning("The hub is busy: going on in %.0f s.", wait_s)
+    return wait_s
 
 
 @contextmanager

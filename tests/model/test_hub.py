@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from moelocal.errors import ModelNotFound
-from moelocal.model.hub import HubError, HubFile, group, list_models, pick
+from moelocal.model.hub import HubError, HubFile, group, list_models, pause_s, pick
 from tests.hub_server import HubServer
 
 REPO = "owner/Model-GGUF"
@@ -168,3 +168,9 @@ def test_listings_that_cannot_be(hub: HubServer, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tests.hub_server.Stored.size", 1 << 62)
     with pytest.raises(ModelNotFound, match="no model"):
         list_models(REPO)
+
+
+@pytest.mark.parametrize(("told", "seconds", "is_said"), [("1", 1, False), ("5", 5, True), ("9000", 60, True)])
+def test_a_long_wait_is_told(told: str, seconds: int, is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
+    assert pause_s(0, {"Retry-After": told}) == seconds
+    assert (f"going on in {seconds} s" in caplog.text) is is_said
