@@ -51,7 +51,7 @@ def listing(everything: Everything = False, machine: opt.Described = None, as_js
         return
     if machine is not None:
         raise BadRequest("--machine is for the catalog.", 'moelocal list --all --machine "ram=32GiB"')
-    broken: list[MoelocalError] = []
+    broken: list[str] = []
     rows = list(_rows(broken))
     if as_json:
         print(json.dumps([_as_document(row) for row in rows]))
@@ -62,7 +62,7 @@ def listing(everything: Everything = False, machine: opt.Described = None, as_js
     _tell(rows, broken, as_json)
 
 
-def _rows(broken: list[MoelocalError]) -> Iterator[Row]:
+def _rows(broken: list[str]) -> Iterator[Row]:
     """The demo, then what is here, by name. Files that are no usable models go to `broken`."""
     from moelocal.model.header import read_header
     from moelocal.model.quants import quant_label
@@ -75,7 +75,8 @@ def _rows(broken: list[MoelocalError]) -> Iterator[Row]:
         try:
             header = read_header(model.path)
         except MoelocalError as error:
-            broken.append(error)
+            is_ours = model.owner not in ("ollama", "lmstudio")
+            broken.append(error.message + (f". To free the space: moelocal rm {model.name}" if is_ours else ""))
             continue
         arch = str(header.metadata.get("general.architecture", "unknown"))
         if arch == "clip" or str(header.metadata.get("general.type")) in _NO_MODELS:
@@ -96,14 +97,14 @@ def _as_document(row: Row) -> dict[str, Any]:
     }
 
 
-def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
+def _tell(rows: list[Row], broken: list[str], as_json: bool) -> None:
     """What is here only in part, or damaged; and where there is more."""
     from moelocal.cli.messages import as_typed, dim, note
     from moelocal.model.cache import shelves, unfinished
     from moelocal.units import format_bytes
 
-    for error in broken:
-        note(f"Left out: {error.message}")
+    for what in broken:
+        note(f"Left out: {what}")
     for shelf in shelves({}):
         if n_bytes := unfinished(shelf.folder):
             note(f"Left out: {shelf.repo} is downloaded in part ({format_bytes(n_bytes)}).{_what_next(shelf)}")
@@ -116,8 +117,8 @@ def _tell(rows: list[Row], broken: list[MoelocalError], as_json: bool) -> None:
 
 def _what_next(shelf: Shelf) -> str:
     """How to get the rest of a model, and how to be rid of it."""
-    go_on = f" To go on: moelocal pull {shelf.repo}"
-    return go_on if shelf.models else f"{go_on}, to free the space: moelocal rm {shelf.repo}"
+    only = " --unfinished" if shelf.models else ""
+    return f" To go on: moelocal pull {shelf.repo}, to free the space: moelocal rm {shelf.repo}{only}"
 
 
 def _list_catalog(described: str | None, as_json: bool) -> None:

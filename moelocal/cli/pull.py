@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moelocal.model.download import Progress
     from moelocal.model.hub import HubModel, Listing
     from moelocal.model.reference import Reference
+    from moelocal.model.stored import Stored
     from moelocal.plan.choose import Choice
 
 _LINE_S = 15.0  # between lines where no bar can be shown
@@ -46,6 +47,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     from moelocal.cli.messages import note
     from moelocal.model.download import check_room, download, is_here, targets_of
     from moelocal.model.hub import HubError, list_models
+    from moelocal.model.reference import parse_reference
 
     if placement.rpc:
         from moelocal.cli.guard import guard
@@ -55,9 +57,9 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     try:
         listing = list_models(asked.repo)
     except HubError as error:
-        if error.status == 0 and (path := _offline(asked)) is not None:
-            note(f"{error.message} But it is here already.")
-            _tell(path, asked.text, as_json, None)
+        if error.status == 0 and (stored := _found(asked)) is not None:
+            note(f"{stored.name} is here already; the hub was not asked.")
+            _tell_stored(stored, stored.name, as_json)
             return
         raise
     taken = _taken(listing, asked, placement, ask=not (yes or as_json), may_choose=yes)
@@ -66,6 +68,9 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     name = _name(asked, listing, taken.model)
     if is_here(listing, taken.model):
         note(f"{name} is here already.")
+        if (named := parse_reference(name)) and not taken.choice and (stored := _found(named)) is not None:
+            _tell_stored(stored, name, as_json)  # without a word to the disk, which may be read-only
+            return
     else:
         check_room(targets_of(listing, taken.model))
     view = _View()
@@ -110,15 +115,14 @@ def _asked(text: str) -> Reference:
     raise ModelNotFound(f"There is no model {shown!r} in the catalog, and it is no owner/repo.", hint)
 
 
-def _offline(asked: Reference) -> Path | None:
-    """The file, if the model is here and the hub cannot be asked."""
+def _found(asked: Reference) -> Stored | None:
+    """The model, if it is here."""
     from moelocal.model.store import find_stored
 
     try:
-        stored = find_stored(asked)
+        return find_stored(asked)
     except MoelocalError:
         return None
-    return stored.path if stored else None
 
 
 def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bool, may_choose: bool) -> Taken | None:
@@ -131,11 +135,11 @@ def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bo
         return Taken(listing.models[0])
     choice = _choice(listing, placement)
     assert choice.best is not None
-    best = choice.best.label
+    best, shown = choice.best.label, asked.entry.name if asked.entry else listing.repo
     if not may_choose and not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
             f"{listing.repo} holds {len(listing.models)} models. The best one here is {best}: {choice.reason}.",
-            f"To take it: moelocal pull {asked.text} --yes. Or name one: moelocal pull {asked.text}:{best}",
+            f"To take it: moelocal pull {shown} --yes. Or name one: moelocal pull {shown}:{best}",
         )
     if ask:
         from moelocal.cli.render_pull import show_choice
@@ -158,12 +162,16 @@ def _explain(choice: Choice, best: str) -> None:
 
 def _answer(choice: Choice, best: str) -> str:
     """The label that the user takes; '' for none."""
+    from moelocal.cli.messages import note
+
     labels = [option.label for option in reversed(choice.options)]
     while True:
         print(f"Take {best}? [Enter: yes, a number or type: another, q: none] ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         typed = line.strip()
         if not line or typed.lower() in ("q", "n", "no", "quit"):
+            print("" if line else "\n", end="", file=sys.stderr)
+            note("Nothing was pulled.")
             return ""
         if typed.lower() in ("", "y", "yes"):
             return best
@@ -251,12 +259,26 @@ def _rounded(per_s: float) -> float:
     return round(per_s, 2)
 
 
-def _tell(path: Path, name: str, as_json: bool, document: dict[str, Any] | None) -> None:
+def _tell_stored(stored: Stored, name: str, as_json: bool) -> None:
+    """The end, where nothing had to be fetched."""
+    document = {
+        "model": name,
+        "path": str(stored.path),
+        "files": [str(path) for path in stored.files],
+        "bytes": sum(path.stat().st_size for path in stored.files),
+        "quant": stored.quant,
+        "reason": None,
+        "choices": [],
+    }
+    _tell(stored.path, name, as_json, document)
+
+
+def _tell(path: Path, name: str, as_json: bool, document: dict[str, Any]) -> None:
     """The end: where the model is, and how to run it."""
     from moelocal.cli.messages import note
 
     if as_json:
-        print(json.dumps(document or {"model": name, "path": str(path)}, ensure_ascii=False))
+        print(json.dumps(document, ensure_ascii=False))
         return
     print(path)
     note(f'Run it: moelocal run {name} "Who are you?"')

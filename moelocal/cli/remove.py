@@ -25,17 +25,21 @@ Stay = Annotated[str, typer.Argument(metavar="MODEL", help="A name from: moeloca
 def remove(
     model: Stay,
     yes: Annotated[bool, opt.option("--yes -y", "Do not ask.")] = False,
+    unfinished: Annotated[bool, opt.option("--unfinished", "Only what downloads in part left of owner/repo.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Remove a model from this disk. Asks first; other tools' models are left alone."""
+    from moelocal.model.download import is_being_fetched
     from moelocal.model.removal import plan_removal
     from moelocal.model.removal import remove as remove_files
     from moelocal.units import format_bytes
 
     try:
-        removal = _leftovers(model) or plan_removal(_stored(model))
+        removal = _leftovers(model, unfinished) or plan_removal(_stored(model))
     except OSError as error:
         raise MoelocalError(f"{model} cannot be removed: {error.strerror}.", "See: moelocal list") from error
+    if any(map(is_being_fetched, removal.blobs)):
+        raise BadRequest(f"{removal.name} is being downloaded.", "End that download first, or wait for it.")
     if not yes:
         _ask(model, removal)
     remove_files(removal)
@@ -46,16 +50,22 @@ def remove(
     print(f"Removed {harmless(removal.name)}: {format_bytes(removal.freed_bytes)} are free.")
 
 
-def _leftovers(model: str) -> Removal | None:
-    """What a download that never ended has left of a repository, if nothing else is here of it."""
+def _leftovers(model: str, unfinished: bool) -> Removal | None:
+    """What downloads that never ended have left of a repository, if nothing else is here of it, or if it is asked for.
+
+    Raises:
+        ModelNotFound: it is asked for, and there is nothing.
+    """
     from moelocal.model.cache import shelf_of
     from moelocal.model.reference import parse_reference
     from moelocal.model.removal import plan_leftovers
 
-    if os.path.exists(model) or (parsed := parse_reference(model)) is None or not parsed.repo or parsed.file:
-        return None
-    shelf = shelf_of(parsed.repo)
-    return None if shelf is None or shelf.models else plan_leftovers(shelf)
+    parsed = None if os.path.exists(model) else parse_reference(model)
+    shelf = shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
+    found = plan_leftovers(shelf) if shelf and (unfinished or not shelf.models) else None
+    if unfinished and found is None:
+        raise ModelNotFound(f"Nothing is here in part of {model!r:.200}.", "What is here: moelocal list")
+    return found
 
 
 def _stored(model: str) -> Stored:
@@ -63,12 +73,20 @@ def _stored(model: str) -> Stored:
 
     Raises:
         BadRequest: the demo, or a file that nobody gave to the store.
+        BadRequest: several models of a repository are here.
         ModelNotFound: nothing here is called so.
     """
+    from moelocal.model.cache import shelf_of
+    from moelocal.model.reference import parse_reference
     from moelocal.model.store import all_names, resolve
 
     if model == "demo":
         raise BadRequest("The demo is part of moelocal.", "It goes with it: pipx uninstall moelocal")
+    parsed = None if os.path.exists(model) else parse_reference(model)
+    shelf = shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
+    if shelf and len(shelf.models) > 1:
+        names = ", ".join(one.name for one in shelf.models)
+        raise BadRequest(f"{len(shelf.models)} models of {shelf.repo} are here.", f"Say which: {names}")
     path = resolve(model)
     named = path.absolute()
     real = None if path.is_symlink() else os.path.realpath(path)  # someone's link to a model is not that model

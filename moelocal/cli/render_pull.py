@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moelocal.plan.choose import Choice, Option
 
 _MOST_BARS = 8
+_FIGURES_WIDTH = 44  # a short bar, bytes, speed, time left
 _HEADINGS = ("", "Type", "Size", "Bits", "Answer", "Here")
 
 
@@ -70,8 +71,9 @@ class Bars:
     def update(self, download: Download) -> None:
         """Shows how far it is."""
         if not self._tasks:
+            room = max(12, min(43, self._progress.console.width - _FIGURES_WIDTH))  # shards differ at the end
             for name, done, size in download.files:
-                short = harmless(name if len(name) < 44 else f"{name[:20]}…{name[-22:]}")
+                short = harmless(name if len(name) <= room else f"{name[: room // 3]}…{name[room // 3 + 1 - room :]}")
                 self._tasks.append(self._progress.add_task(short, total=size, completed=done))
             if len(download.files) > 1:
                 self._total = self._progress.add_task(

@@ -104,6 +104,21 @@ def is_here(listing: Listing, model: HubModel) -> bool:
     return all(target.is_there for target in targets_of(listing, model))
 
 
+def is_being_fetched(blob: Path) -> bool:
+    """Whether some process holds the lock of a file of the cache that is not whole yet."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
+
+    folder = blob.parent.parent
+    lock = folder.parent / ".locks" / folder.name / f"{blob.name.partition('.')[0]}.lock"
+    if not blob.name.endswith(".incomplete") or not lock.exists():
+        return False
+    try:
+        with WeakFileLock(lock, timeout=_LOCK_S):
+            return False
+    except TimeoutError:
+        return True
+
+
 def missing_bytes(targets: list[Target]) -> int:
     """What is still to come."""
     return sum(target.n_bytes - bytes_here(target) for target in targets)
@@ -191,6 +206,8 @@ def _writing(folder: Path) -> Iterator[None]:
                 f"The disk is full: {folder} takes nothing more.",
                 "Free some room, then pull again: it goes on where it stopped.",
             ) from error
+        if error.errno == errno.ENOENT:
+            raise MoelocalError(f"What was fetched vanished from {folder}.", "Pull again.") from error
         if error.errno in _READ_ONLY:
             raise MoelocalError(
                 f"{folder} cannot be written: {os.strerror(error.errno or 0)}.", "Set HF_HOME to a folder of your own."

@@ -124,8 +124,12 @@ def list_models(repo: str) -> Listing:
     def ask() -> Any:
         return HfApi(library_name="moelocal").model_info(repo, files_metadata=True, timeout=_TIMEOUT_S)
 
-    with translated(repo):
-        info = patiently(ask)
+    try:
+        with translated(repo):
+            info = patiently(ask)
+    except OSError as error:
+        hint = "Set HF_HOME to a folder of your own."
+        raise MoelocalError(f"{error.filename or 'HF_HOME'} cannot be read: {error.strerror}.", hint) from error
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         raise HubError(
             f"{_site()} gives no version of {repo}: it does not speak as the hub does.", "Check HF_ENDPOINT."
@@ -267,7 +271,7 @@ def pause_s(attempt: int, answered: Any) -> float:
     told = str(answered.get("Retry-After", ""))
     wait_s = min(float(told) if told.isdecimal() else _LEAST_WAIT_S * 2**attempt, _MOST_WAIT_S)
     if wait_s >= _TOLD_WAIT_S:
-        logging.getLogger(__name__).warning("The hub is busy: going on in %.0f s.", wait_s)
+        logging.getLogger(__name__).warning("The hub is asked again in %.0f s.", wait_s)
     return wait_s
 
 
@@ -312,6 +316,11 @@ def refusal(repo: str, response: Any) -> HubError:
     page = f"{endpoint()}/{repo}"
     if response.headers.get("X-Error-Code") == "GatedRepo":
         return _gated(repo, status)
+    from huggingface_hub import get_token
+
+    if status in (401, 403) and not get_token():
+        text = f"{_site()} does not let everybody have {repo}."
+        return HubError(text, f"Look at {page}, then log in: hf auth login, or set HF_TOKEN.", status)
     if status == 401:
         text = f"{_site()} does not accept your token: it has expired, or was revoked."
         return HubError(text, f"Make a new one at {endpoint()}/settings/tokens, then: hf auth login", status)
@@ -346,8 +355,10 @@ def unreachable(error: BaseException) -> HubError:
     if isinstance(error, (http().UnsupportedProtocol, http().InvalidURL)):
         return HubError(f"{_site()} leads to an address that cannot be: {error}.", "Check HF_ENDPOINT and the proxy.")
     text = str(error) or type(error).__name__
+    request = getattr(error, "_request", None)  # what it was sent on to may be another host
+    site = request.url.netloc.decode("ascii", "replace") if request is not None else _site()
     return HubError(
-        f"{_site()} cannot be reached: {text:.200}.",
+        f"{site} cannot be reached: {text:.200}.",
         "Check the network, and HF_ENDPOINT or HTTPS_PROXY if they are set. What is here is used offline.",
     )
 

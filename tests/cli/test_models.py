@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
 from rich.cells import cell_len
 
 from moelocal.cli.listing import _offers
@@ -241,6 +242,24 @@ def test_rm_of_a_download_that_never_ended(places: Places, tmp_path: Path) -> No
     assert json.loads(run("rm", "o/half", "--yes", "--json").stdout)["freed_bytes"] == freed
     assert json.loads(run("rm", "o/begun-GGUF", "--yes", "--json").stdout)["freed_bytes"] == 1 << 20
     assert list(places.hub.iterdir()) == [] and "Left out" not in run("list").stderr
+
+
+def test_rm_of_what_a_download_left_beside_whole_models(places: Places) -> None:
+    for i, quant in enumerate(("Q2_K", "Q4_K_M")):
+        places.cached("o/r", f"m-{quant}.gguf", tiny_model(seed=i))
+    begun = places.hub / "models--o--r" / "blobs" / ("a" * 64 + ".moelocal.incomplete")
+    begun.write_bytes(b"x" * (1 << 20))
+    assert "moelocal rm o/r --unfinished" in run("list").stderr
+    refused(run("rm", "o/r", "--yes"), 2, "Say which: o/r:Q2_K, o/r:Q4_K_M")
+    refused(run("rm", "o/r:Q8_0", "--yes"), 1, "not")
+    assert begun.exists() and len(listed()) == 3
+    locks = places.hub / ".locks" / "models--o--r"
+    locks.mkdir(parents=True)
+    with WeakFileLock(locks / ("a" * 64 + ".lock")):
+        refused(run("rm", "o/r", "--unfinished", "--yes"), 2, "being downloaded")
+    assert "1.0 MiB are free" in run("rm", "o/r", "--unfinished", "--yes").stdout
+    assert not begun.exists() and len(listed()) == 3
+    refused(run("rm", "o/r", "--unfinished", "--yes"), 1, "Nothing is here in part")
 
 
 def test_rm_leaves_alone_what_is_not_the_stores(places: Places) -> None:

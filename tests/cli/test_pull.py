@@ -54,7 +54,7 @@ def test_a_named_quantization_then_it_is_here(run: Run, tmp_path: Path) -> None:
     again = run("pull", f"{REPO}:Q4_K_M")
     assert again.returncode == 0 and "here already" in again.stderr and again.stdout == done.stdout
     offline = run("pull", f"{REPO}:Q4_K_M", HF_ENDPOINT="http://127.0.0.1:9")
-    assert offline.returncode == 0 and "cannot be reached" in offline.stderr and offline.stdout == done.stdout
+    assert offline.returncode == 0 and "the hub was not asked" in offline.stderr and offline.stdout == done.stdout
     planned = run("plan", f"{REPO}:Q4_K_M", "--json", "--machine", "ram=16GiB")
     assert planned.returncode == 0 and "Not on this disk" not in planned.stderr
 
@@ -180,7 +180,7 @@ def test_a_narrow_window_shortens_the_name_not_the_figures(
     bars._progress.refresh()
     bars.close()
     shown = capsys.readouterr().err
-    assert "a-model" in shown and "100.0/400.0 MiB" in shown and "Q4_K_M.gguf" not in shown
+    assert "a-mod…4_K_M.gguf" in shown and "100.0/400.0 MiB" in shown
 
 
 def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

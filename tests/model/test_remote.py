@@ -115,7 +115,7 @@ def test_a_line_that_drops(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
         ("gzip", True, "packed"),
         ("drop_after", [0] * 20, "cannot be reached|ended at byte"),
         ("status", [(500, {})] * 20, "answers 500"),
-        ("status", [(403, {})] * 20, "no right"),
+        ("status", [(403, {})] * 20, "not let everybody"),
         ("status", [(404, {})] * 20, "does not have that file"),
         ("redirect", "file:///etc/passwd", "cannot be"),
         ("redirect", "/owner/Model-GGUF/resolve/x/m-Q4_0.gguf", "without an end"),
