@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,6 +301,11 @@ def native_run(setup: Setup, n_tokens: int) -> list[str | Path]:
     ]  # fmt: skip
 
 
+def first_byte_s(command: Sequence[str | Path], _pair: int) -> float:
+    """Seconds from the start of a program to the first byte of its answer."""
+    return run(command).first_byte_s
+
+
 def start(setup: Setup) -> list[Row]:
     """Two rows, whose samples of ours are each taken beside the native ones."""
     ours, native = our_run(setup, 1), native_run(setup, 1)
@@ -307,12 +313,7 @@ def start(setup: Setup) -> list[Row]:
     name = "start, large" if setup.model.stat().st_size > LARGE_BYTES else "start"
     for what, options in ((name, []), ("start, lean", ["--no-warmup", "-fit", "off"])):
         command = [*native, *options]
-        ours_s, native_s, busy = paired(
-            setup,
-            what,
-            lambda i: run(ours).first_byte_s,
-            lambda i, c=command: run(c).first_byte_s,  # type: ignore[misc]
-        )
+        ours_s, native_s, busy = paired(setup, what, partial(first_byte_s, ours), partial(first_byte_s, command))
         rows.append(
             Row(what, "s", ours_s, native_s, "less", busy=busy, note=f"native: {' '.join(options) or 'defaults'}")
         )

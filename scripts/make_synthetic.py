@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -58,7 +58,7 @@ class Geometry:
     n_dense_lead: int = 0
     fused_gate_up: bool = False
     rope_base: float = 10000.0
-    extra: dict[str, Value] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def heads_kv(self, layer: int) -> int:
         """KV heads of one layer; 0 marks a recurrent layer."""
@@ -167,7 +167,7 @@ def latent_attention(g: Geometry) -> Shapes:
 def short_convolution(g: Geometry) -> Shapes:
     """LFM2's recurrent layer: a short convolution between two projections."""
     yield "shortconv.in_proj.weight", (g.n_embd, 3 * g.n_embd)
-    yield "shortconv.conv.weight", (int(g.extra["shortconv.l_cache"]), g.n_embd)  # type: ignore[arg-type]
+    yield "shortconv.conv.weight", (int(g.extra["shortconv.l_cache"]), g.n_embd)
     yield "shortconv.out_proj.weight", (g.n_embd, g.n_embd)
 
 
@@ -386,10 +386,15 @@ def add_metadata(writer: GGUFWriter, name: str, g: Geometry) -> None:
         "leading_dense_block_count": g.n_dense_lead,
         **g.extra,
     }
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     for key, value in values.items():
         if value:  # zeros say "has none", as in real files
-            adders[type(value)](f"{g.arch}.{key}", value)  # type: ignore[operator]
+            adders[type(value)](f"{g.arch}.{key}", value)
 
 
 def write_model(geometry: str, path: Path, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from moelocal.errors import MoelocalError, OutOfMemory
 
@@ -139,7 +140,7 @@ def _crash(signum: int, ring: mmap.mmap, hint: str) -> MoelocalError | SystemExi
     )
 
 
-def _terminal_settings() -> list[object] | None:
+def _terminal_settings() -> list[Any] | None:
     import termios
 
     try:
@@ -148,11 +149,11 @@ def _terminal_settings() -> list[object] | None:
         return None
 
 
-def _restore_terminal(settings: list[object] | None) -> None:
+def _restore_terminal(settings: list[Any] | None) -> None:
     if settings is not None:
         import termios
 
         with suppress(termios.error, OSError):
             if os.tcgetpgrp(0) != os.getpgrp():
                 return  # in the background it would be stopped
-            termios.tcsetattr(0, termios.TCSADRAIN, settings)  # type: ignore[arg-type]
+            termios.tcsetattr(0, termios.TCSADRAIN, settings)

@@ -152,11 +152,11 @@ def here() -> Machine:
 
 def _offers(machine: Machine) -> Iterator[Offer]:
     """The catalog, smallest first, each model when it has been weighed."""
-    from moelocal.model.cache import shelves
     from moelocal.model.catalog import entries, facts_of
+    from moelocal.model.store import models_here
     from moelocal.plan.outcome import outcome
 
-    held = {shelf.repo.lower() for shelf in shelves({}) if shelf.models}
+    held = {model.repo.lower() for model in models_here()}
     for entry in entries():
         facts = facts_of(entry, entry.quant)
         yield Offer(entry, facts, outcome(facts, machine), entry.repo.lower() in held)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moelocal.model.download import Progress
+    from moelocal.model.header import GGUFHeader
     from moelocal.model.hub import HubModel, Listing
     from moelocal.model.reference import Reference
     from moelocal.model.stored import Stored
@@ -59,7 +60,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     except HubError as error:
         if error.status == 0 and (stored := _found(asked)) is not None:
             note(f"{stored.name} is here already; the hub was not asked.")
-            _tell_stored(stored, stored.name, as_json)
+            _tell(stored.name, stored.files, stored.quant, as_json)
             return
         raise
     taken = _taken(listing, asked, placement, ask=not (yes or as_json), may_choose=yes)
@@ -68,8 +69,8 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     name = _name(asked, listing, taken.model)
     if is_here(listing, taken.model):
         note(f"{name} is here already.")
-        if (named := parse_reference(name)) and not taken.choice and (stored := _found(named)) is not None:
-            _tell_stored(stored, name, as_json)  # without a word to the disk, which may be read-only
+        if (named := parse_reference(name)) and (stored := _found(named)) is not None:  # the disk may be read-only
+            _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
             return
     else:
         check_room(targets_of(listing, taken.model))
@@ -86,7 +87,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     if view.n_fetched and not as_json:
         seconds = max(time.monotonic() - start, 1e-3)
         note(f"{view.n_fetched / 1e9:.2f} GB in {seconds:.1f} s ({view.n_fetched / seconds / 1e6:.0f} MB/s), checked.")
-    _tell(paths[0], name, as_json, _document(name, paths, taken))
+    _tell(name, paths, taken.model.quant, as_json, taken.choice)
 
 
 def _asked(text: str) -> Reference:
@@ -131,10 +132,10 @@ def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bo
 
     if asked.quant or asked.file:
         return Taken(pick(listing, asked.quant, asked.file))
-    if len(listing.models) == 1:
-        return Taken(listing.models[0])
     choice = _choice(listing, placement)
     assert choice.best is not None
+    if len(listing.models) == 1:
+        return Taken(listing.models[0], choice)
     best, shown = choice.best.label, asked.entry.name if asked.entry else listing.repo
     if not may_choose and not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
@@ -191,7 +192,7 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
     """
     from moelocal.cli.messages import note
     from moelocal.cli.plan import present
-    from moelocal.model.download import cache_folder, free_bytes
+    from moelocal.model.download import cache_folder, free_bytes, missing_bytes, targets_of
     from moelocal.model.facts import read_facts
     from moelocal.model.remote import read_remote, usual
     from moelocal.model.rescale import resized
@@ -201,10 +202,15 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
     header = read_remote(listing, seen)
     machine = present(read_facts(header), placement, False)
     request, room = placement.request(), free_bytes(cache_folder(listing.repo))
-    note(f"Planning {len(listing.models)} models of {listing.repo} for this machine ...")
+    n = len(listing.models)
+    note(f"Planning {f'{n} models' if n > 1 else 'the model'} of {listing.repo} for this machine ...")
+
+    def candidate(model: HubModel, its_header: GGUFHeader) -> Candidate:
+        missing = missing_bytes(targets_of(listing, model))
+        return Candidate(model.label, model.n_bytes, read_facts(its_header), missing)
+
     candidates = {
-        model.label: Candidate(model.label, model.n_bytes, read_facts(resized(header, model.quant, model.n_bytes)))
-        for model in listing.models
+        model.label: candidate(model, resized(header, model.quant, model.n_bytes)) for model in listing.models
     }
     checked: set[str] = set()
     while True:
@@ -220,7 +226,7 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
             return choice
         checked.add(best)
         model = next(model for model in listing.models if model.label == best)
-        candidates[best] = Candidate(best, model.n_bytes, read_facts(read_remote(listing, model)))
+        candidates[best] = candidate(model, read_remote(listing, model))
 
 
 def _name(asked: Reference, listing: Listing, model: HubModel) -> str:
@@ -230,15 +236,14 @@ def _name(asked: Reference, listing: Listing, model: HubModel) -> str:
     return f"{asked.entry.name if asked.entry and not model.is_cut else listing.repo}:{model.quant}"
 
 
-def _document(name: str, paths: tuple[Path, ...], taken: Taken) -> dict[str, Any]:
+def _document(name: str, paths: tuple[Path, ...], quant: str, choice: Choice | None) -> dict[str, Any]:
     """What `--json` prints."""
-    choice = taken.choice
     return {
         "model": name,
         "path": str(paths[0]),
         "files": [str(path) for path in paths],
-        "bytes": taken.model.n_bytes,
-        "quant": taken.model.quant,
+        "bytes": sum(path.stat().st_size for path in paths),
+        "quant": quant,
         "reason": choice.reason if choice else None,
         "choices": [
             {
@@ -259,28 +264,14 @@ def _rounded(per_s: float) -> float:
     return round(per_s, 2)
 
 
-def _tell_stored(stored: Stored, name: str, as_json: bool) -> None:
-    """The end, where nothing had to be fetched."""
-    document = {
-        "model": name,
-        "path": str(stored.path),
-        "files": [str(path) for path in stored.files],
-        "bytes": sum(path.stat().st_size for path in stored.files),
-        "quant": stored.quant,
-        "reason": None,
-        "choices": [],
-    }
-    _tell(stored.path, name, as_json, document)
-
-
-def _tell(path: Path, name: str, as_json: bool, document: dict[str, Any]) -> None:
+def _tell(name: str, paths: tuple[Path, ...], quant: str, as_json: bool, choice: Choice | None = None) -> None:
     """The end: where the model is, and how to run it."""
     from moelocal.cli.messages import note
 
     if as_json:
-        print(json.dumps(document, ensure_ascii=False))
+        print(json.dumps(_document(name, paths, quant, choice), ensure_ascii=False))
         return
-    print(path)
+    print(paths[0])
     note(f'Run it: moelocal run {name} "Who are you?"')
 
 

@@ -16,6 +16,7 @@ from moelocal.cli.screen import harmless
 from moelocal.errors import BadRequest, ModelNotFound, MoelocalError
 
 if TYPE_CHECKING:
+    from moelocal.model.cache import Shelf
     from moelocal.model.removal import Removal
     from moelocal.model.stored import Stored
 
@@ -56,35 +57,36 @@ def _leftovers(model: str, unfinished: bool) -> Removal | None:
     Raises:
         ModelNotFound: it is asked for, and there is nothing.
     """
-    from moelocal.model.cache import shelf_of
-    from moelocal.model.reference import parse_reference
     from moelocal.model.removal import plan_leftovers
 
-    parsed = None if os.path.exists(model) else parse_reference(model)
-    shelf = shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
+    shelf = _shelf(model)
     found = plan_leftovers(shelf) if shelf and (unfinished or not shelf.models) else None
     if unfinished and found is None:
         raise ModelNotFound(f"Nothing is here in part of {model!r:.200}.", "What is here: moelocal list")
     return found
 
 
+def _shelf(model: str) -> Shelf | None:
+    """What is here of a repository, if it is named as a whole."""
+    from moelocal.model.cache import shelf_of
+    from moelocal.model.reference import parse_reference
+
+    parsed = None if os.path.exists(model) else parse_reference(model)
+    return shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
+
+
 def _stored(model: str) -> Stored:
     """The model that is meant, if it may be removed at all.
 
     Raises:
-        BadRequest: the demo, or a file that nobody gave to the store.
-        BadRequest: several models of a repository are here.
+        BadRequest: the demo, a file that nobody gave to the store, or a repository with several models here.
         ModelNotFound: nothing here is called so.
     """
-    from moelocal.model.cache import shelf_of
-    from moelocal.model.reference import parse_reference
     from moelocal.model.store import all_names, resolve
 
     if model == "demo":
         raise BadRequest("The demo is part of moelocal.", "It goes with it: pipx uninstall moelocal")
-    parsed = None if os.path.exists(model) else parse_reference(model)
-    shelf = shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
-    if shelf and len(shelf.models) > 1:
+    if (shelf := _shelf(model)) and len(shelf.models) > 1:
         names = ", ".join(one.name for one in shelf.models)
         raise BadRequest(f"{len(shelf.models)} models of {shelf.repo} are here.", f"Say which: {names}")
     path = resolve(model)

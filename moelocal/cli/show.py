@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.cli import options as opt
-from moelocal.errors import ModelNotFound, OutOfMemory
+from moelocal.errors import OutOfMemory
 from moelocal.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -61,14 +61,18 @@ class Card(NamedTuple):
 
 
 class _Subject(NamedTuple):
-    """The model in question; without a `path` it is on the hub, and `is_sketch`: known from the catalog alone."""
+    """The model in question; without a `path` it is on the hub, or known from the catalog alone."""
 
     reference: str
     path: Path | None
     header: GGUFHeader
     facts: ModelFacts
     entry: Entry | None
-    is_sketch: bool = False
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether the header is the catalog's, without a vocabulary and a template."""
+        return self.path is None and "tokenizer.ggml.model" not in self.header.metadata
 
     @property
     def licence(self) -> str:
@@ -116,41 +120,24 @@ def show(model: opt.Model, as_json: opt.Json = False) -> None:
 
 
 def _subject(reference: str) -> _Subject:
-    """The model here, else that of the catalog, else that on the hub.
+    """The model here, else that on the hub, else what the catalog knows.
 
     Raises:
         MoelocalError: there is no such model, or no way to look.
     """
-    from moelocal.cli.messages import note
     from moelocal.cli.plan import header_of
-    from moelocal.model import catalog
     from moelocal.model.facts import read_facts
-    from moelocal.model.header import read_header
-    from moelocal.model.reference import parse_reference
-    from moelocal.model.store import resolve
 
-    try:
-        path = resolve(reference, note)
-    except ModelNotFound:
-        parsed = parse_reference(reference)
-        entry = parsed.entry if parsed else None
-        if parsed is None or not parsed.repo:
-            raise
-        if entry is None or parsed.file:
-            header, _ = header_of(reference)
-            return _Subject(reference, None, header, read_facts(header), entry)
-        header = catalog.header_of(entry, parsed.quant or entry.quant)
-        return _Subject(reference, None, header, read_facts(header), entry, is_sketch=True)
-    header = read_header(path)
+    header, path = header_of(reference)
     return _Subject(reference, path, header, read_facts(header), _entry_of(reference, path))
 
 
-def _entry_of(reference: str, path: Path) -> Entry | None:
-    """The catalog's entry for a file, by its name or its repository."""
+def _entry_of(reference: str, path: Path | None) -> Entry | None:
+    """The catalog's entry for a model, by its name or its repository."""
     from moelocal.model.catalog import entries
 
     name = reference.partition(":")[0].lower()
-    folders = {part.lower() for part in path.parts}
+    folders = {part.lower() for part in path.parts} if path else set()
     for entry in entries():
         if name in (entry.name, entry.repo.lower()) or f"models--{entry.repo.replace('/', '--')}".lower() in folders:
             return entry

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from moelocal.engine import llama
 from moelocal.errors import BadRequest
 from moelocal.machine.hardware import Machine, identity
+from moelocal.model.kv import KVType
 from moelocal.paths import runs_file
 from moelocal.plan.calibration import Difference, Run
 from moelocal.plan.cost import Placement, Setting
@@ -142,16 +143,25 @@ def _decoded(stored: Any) -> Run:
     setting = Setting(
         Placement(_unpacked(stored["layers"]), _unpacked(stored["experts"]), _text(stored["output"]), parts),
         _count(stored["n_ctx"]),
-        _text(stored["kv_type"]),  # type: ignore[arg-type]  # checked by Calibration
+        _kv_type(stored["kv_type"]),
         _count(stored["n_ubatch"]),
         _count(stored["threads"]),
         stored["repack"] is True,
         "none" if stored["load_mode"] == "none" else "mmap",
     )
-    counts = {name: _count(stored[name]) for name in ("ram_bytes", "n_prompt", "n_depth", "n_decoded")}
-    seconds = {name: _seconds(stored[name]) for name in ("prompt_s", "first_token_s", "decode_s", "load_s")}
     off = tuple(Difference(_text(name), _count(plan), _count(real)) for name, plan, real in stored["differences"])
-    return Run(setting=setting, **counts, **seconds, differences=off)  # type: ignore[arg-type]
+    return Run(
+        setting=setting,
+        ram_bytes=_count(stored["ram_bytes"]),
+        n_prompt=_count(stored["n_prompt"]),
+        n_depth=_count(stored["n_depth"]),
+        n_decoded=_count(stored["n_decoded"]),
+        prompt_s=_seconds(stored["prompt_s"]),
+        first_token_s=_seconds(stored["first_token_s"]),
+        decode_s=_seconds(stored["decode_s"]),
+        load_s=_seconds(stored["load_s"]),
+        differences=off,
+    )
 
 
 def _packed(names: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -168,6 +178,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(value)
     return value
+
+
+def _kv_type(value: Any) -> KVType:
+    kinds: dict[str, KVType] = {kind: kind for kind in get_args(KVType)}
+    return kinds[value]
 
 
 def _count(value: Any) -> int:

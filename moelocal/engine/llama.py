@@ -369,15 +369,7 @@ def schema_to_grammar(schema: str) -> str:
     """
     try:
         return str(abi.import_low_level("llama_grammar").json_schema_to_gbnf(schema))
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        RecursionError,
-        NotImplementedError,
-    ) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise BadRequest(
             f"The JSON schema cannot be used: {error}.", 'It must be a JSON object such as {"type": "object", ...}.'
         ) from error

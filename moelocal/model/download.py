@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moelocal.errors import MoelocalError
-from moelocal.model.hub import HubModel, Listing, patiently, translated
+from moelocal.model.hub import HubModel, Listing, hub_utils, patiently, translated
 from moelocal.model.store import made_folder
 from moelocal.model.transfer import Target, Transfer, bytes_here
 from moelocal.units import format_bytes
@@ -106,14 +106,11 @@ def is_here(listing: Listing, model: HubModel) -> bool:
 
 def is_being_fetched(blob: Path) -> bool:
     """Whether some process holds the lock of a file of the cache that is not whole yet."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
-
-    folder = blob.parent.parent
-    lock = folder.parent / ".locks" / folder.name / f"{blob.name.partition('.')[0]}.lock"
+    lock = _blob_lock(blob.parent.parent, blob.name.partition(".")[0])
     if not blob.name.endswith(".incomplete") or not lock.exists():
         return False
     try:
-        with WeakFileLock(lock, timeout=_LOCK_S):
+        with hub_utils().WeakFileLock(lock, timeout=_LOCK_S):
             return False
     except TimeoutError:
         return True
@@ -159,20 +156,21 @@ def _lock_path(listing: Listing, target: Target) -> Path:
     """The lock of a file: huggingface_hub's own, so that its downloads and ours wait for each other."""
     if len(target.files) > 1:
         return target.path.with_name(f".{target.path.name}.lock")
-    folder = cache_folder(listing.repo)
-    return folder.parent / ".locks" / folder.name / f"{target.path.name}.lock"
+    return _blob_lock(cache_folder(listing.repo), target.path.name)
+
+
+def _blob_lock(folder: Path, digest: str) -> Path:
+    return folder.parent / ".locks" / folder.name / f"{digest}.lock"
 
 
 @contextmanager
 def _locked(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
     """Holds a lock; where the file system has none, goes on without: then at worst the work is done twice."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(WeakFileLock(path, timeout=_LOCK_S))
+                stack.enter_context(hub_utils().WeakFileLock(path, timeout=_LOCK_S))
                 break
             except TimeoutError:
                 while_waiting()

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -87,9 +87,14 @@ class Listing:
 
 def client() -> Any:
     """The HTTP client that huggingface_hub uses, with its proxies and certificates."""
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined,unused-ignore]
+    from huggingface_hub import get_session
 
     return get_session()
+
+
+def hub_utils() -> Any:
+    """huggingface_hub.utils, which does not declare to type checkers what it exports."""
+    return importlib.import_module("huggingface_hub.utils")
 
 
 @cache
@@ -100,9 +105,7 @@ def http() -> Any:
 
 def headers() -> dict[str, str]:
     """Headers of a request to the hub: the user's token, if there is one."""
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
-
-    return {**build_hf_headers(library_name="moelocal"), "Accept-Encoding": "identity"}
+    return {**hub_utils().build_hf_headers(library_name="moelocal"), "Accept-Encoding": "identity"}
 
 
 def endpoint() -> str:
@@ -266,9 +269,11 @@ def patiently(ask: Callable[[], T]) -> T:
 
 
 def pause_s(attempt: int, answered: Any) -> float:
-    """Seconds to wait before asking again: what the server says (`Retry-After`), else longer each time. A long wait is
-    told as a warning of Python's logging, which goes to stderr."""
+    """Seconds to wait before asking again: what the server says (`Retry-After`, `RateLimit`), else longer each time.
+    A long wait is told as a warning of Python's logging, which goes to stderr."""
     told = str(answered.get("Retry-After", ""))
+    if not told and (limit := re.search(r";\s*t=(\d+)", str(answered.get("RateLimit", "")))):
+        told = limit[1]  # seconds until the hub counts anew
     wait_s = min(float(told) if told.isdecimal() else _LEAST_WAIT_S * 2**attempt, _MOST_WAIT_S)
     if wait_s >= _TOLD_WAIT_S:
         logging.getLogger(__name__).warning("The hub is asked again in %.0f s.", wait_s)
@@ -294,9 +299,13 @@ def translated(repo: str) -> Iterator[None]:
             f"{repo} is not on this disk, and HF_HUB_OFFLINE forbids to look for it.", "Unset HF_HUB_OFFLINE."
         ) from error
     except errors.RepositoryNotFoundError as error:
+        from moelocal.model.store import alike
+
+        close = alike(repo)
+        check = f"Did you mean {' or '.join(close)}?" if close else "Check the name."
         raise ModelNotFound(
             f"There is no repository {repo} on {_site()}, or it is private.",
-            "Check the name. For a private one, log in: hf auth login, or set HF_TOKEN.",
+            f"{check} For a private one, log in: hf auth login, or set HF_TOKEN.",
         ) from error
     except errors.HfHubHTTPError as error:
         raise refusal(repo, error.response) from error
@@ -312,12 +321,12 @@ def translated(repo: str) -> Iterator[None]:
 
 def refusal(repo: str, response: Any) -> HubError:
     """What an HTTP status that is no success means, for a person."""
+    from huggingface_hub import get_token
+
     status = int(response.status_code)
     page = f"{endpoint()}/{repo}"
     if response.headers.get("X-Error-Code") == "GatedRepo":
         return _gated(repo, status)
-    from huggingface_hub import get_token
-
     if status in (401, 403) and not get_token():
         text = f"{_site()} does not let everybody have {repo}."
         return HubError(text, f"Look at {page}, then log in: hf auth login, or set HF_TOKEN.", status)
@@ -348,15 +357,16 @@ def _gated(repo: str, status: int) -> HubError:
     )
 
 
-def unreachable(error: BaseException) -> HubError:
+def unreachable(error: Any) -> HubError:
     """What a connection that failed means, for a person."""
     if isinstance(error, http().TooManyRedirects):
         return HubError(f"{_site()} sends from one address to another without an end.", "Try again later.")
     if isinstance(error, (http().UnsupportedProtocol, http().InvalidURL)):
         return HubError(f"{_site()} leads to an address that cannot be: {error}.", "Check HF_ENDPOINT and the proxy.")
     text = str(error) or type(error).__name__
-    request = getattr(error, "_request", None)  # what it was sent on to may be another host
-    site = request.url.netloc.decode("ascii", "replace") if request is not None else _site()
+    site = _site()
+    with suppress(AttributeError, RuntimeError):  # what the request was sent on to may be another host
+        site = error.request.url.netloc.decode("ascii", "replace")
     return HubError(
         f"{site} cannot be reached: {text:.200}.",
         "Check the network, and HF_ENDPOINT or HTTPS_PROXY if they are set. What is here is used offline.",

@@ -86,7 +86,7 @@ def find_stored(reference: Reference) -> Stored | None:
     if reference.repo:
         names = {reference.repo.lower(): reference.name}
         shelf = shelf_of(reference.repo, reference.name)
-        models = [*(shelf.models if shelf else ()), *lmstudio_models(names, reference.repo)]
+        models = [*(shelf.models if shelf else ()), *_joined(reference.repo), *lmstudio_models(names, reference.repo)]
         if (chosen := _chosen(reference, models)) is not None:
             return chosen
     for name in (reference.text, f"hf.co/{reference.text}"):
@@ -186,6 +186,11 @@ def _made_here(reference: Reference) -> Stored | None:
     return next((model for model in made_here() if model.name.lower() in names), None)
 
 
+def _joined(repo: str) -> list[Stored]:
+    """Models of a repository whose files were cut up there, and are one here: models/OWNER/REPO-QUANT.gguf."""
+    return [model for model in made_here() if model.name.lower() == f"{repo}-{model.quant}".lower()]
+
+
 def _is_plainly_a_path(text: str) -> bool:
     return os.path.isabs(text) or text.startswith(("./", "../", "~", ".\\", "..\\"))
 
@@ -236,13 +241,13 @@ def _not_here(reference: str, shown: str, path: Path, parsed: Reference | None) 
     close = difflib.get_close_matches(str(path), ["demo", *files], n=_N_CLOSEST, cutoff=0.7)
     is_path = parsed is None or (reference.endswith(".gguf") and (not parsed.repo or path.parent.is_dir()))
     if parsed is not None and parsed.repo and not is_path:
-        if close := close or _alike(reference) * (parsed.entry is None):
+        if close := close or alike(reference) * (parsed.entry is None):
             return ModelNotFound(
                 f"{shown} is not on this disk.", f"Did you mean {_either(close)}? Or: moelocal pull {reference.strip()}"
             )
         return ModelNotFound(f"{shown} is not on this disk.", f"To get it: moelocal pull {reference.strip()}")
     if not is_path:
-        close = close or _alike(reference)
+        close = close or alike(reference)
     what = "neither demo nor the path of a .gguf file" if is_path else "no file, and no model here or in the catalog"
     more = _TRY if is_path else "What there is: moelocal list --all"
     return ModelNotFound(
@@ -250,14 +255,14 @@ def _not_here(reference: str, shown: str, path: Path, parsed: Reference | None) 
     )
 
 
-def _alike(reference: str) -> list[str]:
+def alike(reference: str) -> list[str]:
     """Names of models, here and in the catalog, that may have been meant."""
     from moelocal.model.catalog import closest
     from moelocal.model.quants import quant_in_name
 
     name, _, tag = reference.partition(":")
     quant = quant_in_name(tag)
-    found = [f"{one}:{quant}" if quant else one for one in closest(name)]
+    found = [f"{one}:{quant}" if quant else one for one in closest(name.rpartition("/")[2].removesuffix("-GGUF"))]
     here = [model.name for model in models_here()]
     wanted = reference.lower()
     near = difflib.get_close_matches(wanted, [one.lower() for one in here], n=_N_CLOSEST, cutoff=0.7)

@@ -4,7 +4,7 @@
     choice.best.label, choice.reason, choice.neighbours
 
 Fast enough is what the objective is for: an answer faster than anyone reads, a long prompt read in half a minute, most
-of the speed there is. Beyond about 7 bits per weight nothing is gained that could be noticed, so that must cost next to
+of the speed there is. Beyond 7.5 bits per weight nothing is gained that could be noticed, so that must cost next to
 nothing; below 4 bits quality goes quickly, so that is for machines where nothing else fits or answers.
 """
 
@@ -22,7 +22,8 @@ from moelocal.plan.request import PlanRequest
 from moelocal.units import format_bytes
 
 _GOOD_BITS, _FAIR_BITS, _LEAST_BITS = 4.2, 3.3, 2.5  # four, three, two bits, as quantizations of MoE models are
-_FINE_BITS, _MOST_BITS = 7.0, 9.5
+_FINE_BITS, _MOST_BITS = 7.5, 9.5  # a Q6_K whose odd tensors had to become Q8_0 stays below
+_UNNOTICED_BITS = 6.0  # above, one step more brings nothing to be noticed
 _FOUR_BITS = 5.0  # the most that a quantization of the four-bit kind takes
 _GOOD_PER_S = 20.0  # chat: a model that thinks before it answers is then still no pain
 _GOOD_FIRST_S, _GOOD_LONG_PER_S = 30.0, 10.0  # long prompts: until the first token, and the answer
@@ -38,6 +39,7 @@ class Candidate(NamedTuple):
     label: str
     n_bytes: int
     facts: ModelFacts
+    missing_bytes: int | None = None  # still to come; None: all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ def _planned(one: Candidate, machine: Machine, request: PlanRequest, room_bytes:
         why_not = f"{format_bytes(plan.disk_bytes)} more than memory holds"
     elif plan.n_ctx < min(_LEAST_N_CTX[request.objective], request.n_ctx or one.facts.n_ctx_train or plan.n_ctx):
         why_not = f"room for {plan.n_ctx:,} tokens of context only"
-    elif room_bytes is not None and one.n_bytes > room_bytes:
-        why_not = f"{format_bytes(one.n_bytes - room_bytes)} more than the disk has room for"
+    to_come = one.n_bytes if one.missing_bytes is None else one.missing_bytes
+    if not why_not and room_bytes is not None and to_come > room_bytes:
+        why_not = f"{format_bytes(to_come - room_bytes)} more than the disk has room for"
     return Option(one.label, one.n_bytes, bits, plan, why_not=why_not)
 
 
@@ -148,7 +151,10 @@ def _best(fitting: list[Option], request: PlanRequest) -> tuple[Option, str]:
     if fast:
         found = max((one for one in fast if one.bits < _FINE_BITS), key=_quality, default=fast[0])
         finer = [one for one in fast if found.bits < one.bits < _MOST_BITS and one.pace >= _FREE * found.pace]
-        return max([found, *finer], key=_quality), f"the most exact one that {_is_good(request)}"
+        found = max([found, *finer], key=_quality)
+        if all(one.bits <= found.bits for one in fast):
+            return found, f"the most exact one that {_is_good(request)}"
+        return found, f"it {_is_good(request)}, and more exact ones bring no gain to be noticed"
     enough = [option for option in solid if option.pace >= _ENOUGH]
     if enough:
         small = [one for one in enough if one.bits <= _FOUR_BITS]
@@ -205,7 +211,7 @@ def _compared(other: Option, best: Option) -> str:
         return "speed unknown"
     rate, now = other.plan.predicted.decode_per_s, best.plan.predicted.decode_per_s
     size = f"{format_bytes(abs(other.n_bytes - best.n_bytes))} {'more' if other.n_bytes > best.n_bytes else 'less'}"
-    gain = ", no gain to be noticed" if min(other.bits, best.bits) >= _FINE_BITS - 1 and other.bits > best.bits else ""
+    gain = ", no gain to be noticed" if min(other.bits, best.bits) >= _UNNOTICED_BITS and other.bits > best.bits else ""
     return f"{_rate(rate)} instead of {_rate(now)} tokens/s, {size}{gain}"
 
 

@@ -757,7 +757,7 @@ def test_a_vanished_terminal_keeps_the_conversation(monkeypatch: pytest.MonkeyPa
         os.kill(os.getpid(), signal.SIGHUP)
         yield from ()
 
-    session.stream = hung_up  # type: ignore[assignment]
+    monkeypatch.setattr(session, "stream", hung_up)
     with pytest.raises(SystemExit) as ended:
         chat_loop(chat)
     assert ended.value.code == 128 + signal.SIGHUP

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined,unused-ignore]
 from rich.cells import cell_len
 
 from moelocal.cli.listing import _offers
 from moelocal.cli.render_models import show_offers
 from moelocal.machine.described import parse_machine
 from moelocal.model.catalog import entries, facts_of
+from moelocal.model.hub import hub_utils
 from moelocal.plan.outcome import outcome, sentence
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
@@ -255,7 +255,7 @@ def test_rm_of_what_a_download_left_beside_whole_models(places: Places) -> None:
     assert begun.exists() and len(listed()) == 3
     locks = places.hub / ".locks" / "models--o--r"
     locks.mkdir(parents=True)
-    with WeakFileLock(locks / ("a" * 64 + ".lock")):
+    with hub_utils().WeakFileLock(locks / ("a" * 64 + ".lock")):
         refused(run("rm", "o/r", "--unfinished", "--yes"), 2, "being downloaded")
     assert "1.0 MiB are free" in run("rm", "o/r", "--unfinished", "--yes").stdout
     assert not begun.exists() and len(listed()) == 3

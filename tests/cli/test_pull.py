@@ -155,7 +155,7 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(env: dict[str, str], 
         slow.add("owner/Slow-GGUF", "slow-Q8_0.gguf", data)
         slow.faults.bytes_per_s = 4e6
         env |= {"HF_ENDPOINT": slow.endpoint}
-        command = [sys.executable, "-m", "moelocal", "pull", "owner/Slow-GGUF"]
+        command = [sys.executable, "-m", "moelocal", "pull", "owner/Slow-GGUF:Q8_0"]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while slow.wire["slow-Q8_0.gguf"] < 2_000_000:
             time.sleep(0.02)

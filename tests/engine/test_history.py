@@ -48,8 +48,8 @@ def model(tmp_path: Path) -> Path:
 def meter(model: Path, machine: Machine, plan: Plan, n_generated: int = 101, **changes: Any) -> Meter:
     """A session that has just answered: 100 tokens in the cache before, 60 of prompt read in 2 s, 10 s of answer."""
     timings = replace(Timings(0.5, 160, 100, 2.0, 2.1, n_generated, 10.0), **changes)
-    session = SimpleNamespace(plan=plan, n_ctx=plan.n_ctx, timings=timings, allocated=plan.per_device)
-    return Meter(model, machine, session)  # type: ignore[arg-type]
+    session: Any = SimpleNamespace(plan=plan, n_ctx=plan.n_ctx, timings=timings, allocated=plan.per_device)
+    return Meter(model, machine, session)
 
 
 def test_a_run_comes_back_as_it_was(model: Path, here: Machine, plan: Plan) -> None:

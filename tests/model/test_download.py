@@ -121,7 +121,11 @@ def test_killed_in_the_middle_and_resumed(hub: HubServer, tmp_path: Path) -> Non
     hub.faults.bytes_per_s = 12e6  # each line
     for share in (0.2, 0.5, 0.8):
         process = child(hub, tmp_path)
-        wait_for(lambda share=share: hub.wire["m-Q4_0.gguf"] > share * len(data))  # type: ignore[misc]
+
+        def has_come(enough: float = share * len(data)) -> bool:
+            return hub.wire["m-Q4_0.gguf"] > enough
+
+        wait_for(has_come)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.stdout is not None
