@@ -100,7 +100,8 @@ def _as_document(row: Row) -> dict[str, Any]:
 def _tell(rows: list[Row], broken: list[str], as_json: bool) -> None:
     """What is here only in part, or damaged; and where there is more."""
     from moelocal.cli.messages import as_typed, dim, note
-    from moelocal.model.cache import shelves, unfinished
+    from moelocal.model.cache import PARTIAL, allocated, shelves, unfinished
+    from moelocal.model.store import begun_here, made_folder
     from moelocal.units import format_bytes
 
     for what in broken:
@@ -111,6 +112,13 @@ def _tell(rows: list[Row], broken: list[str], as_json: bool) -> None:
         elif shelf.halves:
             half = shelf.halves[0]
             note(f"Left out: {shelf.repo} lacks {len(half.missing)} files of {half.file}.{_what_next(shelf)}")
+    for path in begun_here():
+        size = format_bytes(allocated(path.stat()))
+        repo = path.relative_to(made_folder()).as_posix().removesuffix(PARTIAL).rpartition("-")[0]
+        note(
+            f"Left out: {repo} is downloaded in part ({size}). To go on: moelocal pull {repo}, to free the space: "
+            f"moelocal rm {repo} --unfinished"
+        )
     if not as_json and len(rows) == 1:
         dim(as_typed("Nothing else is here yet. What would run well on this machine: moelocal list --all"))
 

@@ -57,22 +57,31 @@ def _leftovers(model: str, unfinished: bool) -> Removal | None:
     Raises:
         ModelNotFound: it is asked for, and there is nothing.
     """
-    from moelocal.model.removal import plan_leftovers
+    from moelocal.model.removal import plan_begun, plan_leftovers
+    from moelocal.model.store import begun_here, made_folder
 
-    shelf = _shelf(model)
+    repo, shelf = _repo(model), _shelf(model)
     found = plan_leftovers(shelf) if shelf and (unfinished or not shelf.models) else None
+    if found is None and repo and (unfinished or not shelf):
+        found = plan_begun(repo, begun_here(repo), made_folder())
     if unfinished and found is None:
         raise ModelNotFound(f"Nothing is here in part of {model!r:.200}.", "What is here: moelocal list")
     return found
 
 
-def _shelf(model: str) -> Shelf | None:
-    """What is here of a repository, if it is named as a whole."""
-    from moelocal.model.cache import shelf_of
+def _repo(model: str) -> str:
+    """The repository that is named as a whole; '' if something else is."""
     from moelocal.model.reference import parse_reference
 
     parsed = None if os.path.exists(model) else parse_reference(model)
-    return shelf_of(parsed.repo) if parsed and parsed.repo and not (parsed.file or parsed.quant) else None
+    return parsed.repo if parsed and not (parsed.file or parsed.quant) else ""
+
+
+def _shelf(model: str) -> Shelf | None:
+    """What the Hugging Face cache holds of a repository that is named as a whole."""
+    from moelocal.model.cache import shelf_of
+
+    return shelf_of(repo) if (repo := _repo(model)) else None
 
 
 def _stored(model: str) -> Stored:

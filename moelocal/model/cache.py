@@ -19,6 +19,7 @@ from moelocal.model.stored import Half, Stored, called, files_below, models_amon
 from moelocal.paths import hub_folder
 
 _PREFIX = "models--"
+PARTIAL = ".moelocal.incomplete"  # the end of a file's name while we fetch it
 _DEPTH = 4  # folders in a repository
 
 
@@ -45,8 +46,14 @@ def shelves(names: dict[str, str]) -> Iterator[Shelf]:
     their own names."""
     for repo, folder in sorted(_folders()):
         shelf = read_shelf(repo, folder, names.get(repo.lower(), repo))
-        if shelf.models or shelf.halves or ("gguf" in repo.lower() and unfinished(folder)):
+        if shelf.models or shelf.halves or _has_begun(repo, folder):
             yield shelf
+
+
+def _has_begun(repo: str, folder: Path) -> bool:
+    """Whether a download of a model has left something: one of ours, or of another tool's that looks like a model's."""
+    left = leftovers(folder)
+    return any(path.name.endswith(PARTIAL) for path in left) or ("gguf" in repo.lower() and bool(left))
 
 
 def shelf_of(repo: str, name: str = "") -> Shelf | None:

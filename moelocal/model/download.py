@@ -106,14 +106,15 @@ def is_here(listing: Listing, model: HubModel) -> bool:
 
 def is_being_fetched(blob: Path) -> bool:
     """Whether some process holds the lock of a file of the cache that is not whole yet."""
-    lock = _blob_lock(blob.parent.parent, blob.name.partition(".")[0])
-    if not blob.name.endswith(".incomplete") or not lock.exists():
-        return False
-    try:
-        with hub_utils().WeakFileLock(lock, timeout=_LOCK_S):
-            return False
-    except TimeoutError:
-        return True
+    name = blob.name.removesuffix(".incomplete").removesuffix(".moelocal")
+    for lock in (_blob_lock(blob.parent.parent, name), _joined_lock(blob.with_name(name))):
+        try:
+            if name != blob.name and lock.exists():
+                with hub_utils().WeakFileLock(lock, timeout=_LOCK_S):
+                    pass
+        except TimeoutError:
+            return True
+    return False
 
 
 def missing_bytes(targets: list[Target]) -> int:
@@ -155,8 +156,12 @@ def _fetch(listing: Listing, target: Target, report: Callable[..., None]) -> Non
 def _lock_path(listing: Listing, target: Target) -> Path:
     """The lock of a file: huggingface_hub's own, so that its downloads and ours wait for each other."""
     if len(target.files) > 1:
-        return target.path.with_name(f".{target.path.name}.lock")
+        return _joined_lock(target.path)
     return _blob_lock(cache_folder(listing.repo), target.path.name)
+
+
+def _joined_lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _blob_lock(folder: Path, digest: str) -> Path:

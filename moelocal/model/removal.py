@@ -70,6 +70,12 @@ def _from_cache(model: Stored) -> Removal:
     return Removal(model.name, tuple(gone), blobs, freed, shared, folder)
 
 
+def plan_begun(repo: str, begun: list[Path], top: Path) -> Removal | None:
+    """What would go of a model whose pieces were being joined here; None: there is nothing."""
+    freed, shared = _freed(begun, begun)
+    return Removal(f"what is here of {repo}", (), tuple(begun), freed, shared, top) if begun else None
+
+
 def plan_leftovers(shelf: Shelf) -> Removal | None:
     """What would go of a repository that is here only in part: all that is no whole model; None: there is nothing."""
     stems = {stem_of(half.file) for half in shelf.halves}

@@ -179,6 +179,19 @@ def made_here() -> Iterator[Stored]:
         yield Stored(stem_of(files[0]), paths, "moelocal", quant_of(files[0]), file=files[0])
 
 
+def begun_here(repo: str = "") -> list[Path]:
+    """Files of models whose pieces are being joined, and are not whole: of one repository, or of all."""
+    from moelocal.model.cache import PARTIAL
+    from moelocal.model.stored import files_below
+
+    start = f"{repo}-".lower()
+    return [
+        made_folder() / file
+        for file in files_below(made_folder())
+        if file.endswith(PARTIAL) and (not repo or Path(file).as_posix().lower().startswith(start))
+    ]
+
+
 def _made_here(reference: Reference) -> Stored | None:
     names = {reference.text.lower(), reference.text.lower().removesuffix(".gguf")}
     if reference.quant:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moelocal.errors import BadGGUF, MoelocalError
+from moelocal.model.cache import PARTIAL
 from moelocal.model.header import parse_header
 from moelocal.model.hub import HubError, HubFile
 from moelocal.model.ranges import RemoteFile
@@ -32,7 +33,6 @@ _HASHED_BYTES = 1 << 20
 _TICK_S = 0.1
 _PATIENCE_S = 1.0
 _COUNT = struct.Struct("<Q")
-_SUFFIX = ".moelocal.incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Target:
     @property
     def partial(self) -> Path:
         """What it is called before."""
-        return self.path.with_name(self.path.name + _SUFFIX)
+        return self.path.with_name(self.path.name + PARTIAL)
 
 
 class Piece(NamedTuple):

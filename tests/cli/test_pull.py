@@ -59,6 +59,41 @@ def test_a_named_quantization_then_it_is_here(run: Run, tmp_path: Path) -> None:
     assert planned.returncode == 0 and "Not on this disk" not in planned.stderr
 
 
+def test_a_single_model_is_planned_too(run: Run, hub: HubServer) -> None:
+    hub.add("owner/One-GGUF", "one-Q4_K_M.gguf", hub.repos[REPO]["tiny-Q4_K_M.gguf"].data)
+    small = run("pull", "owner/One-GGUF", "--yes", "--ram", "1MiB", "--cpu-only")
+    assert (
+        small.returncode == 1 and "fits this machine" in small.stderr and "pull owner/One-GGUF:Q4_K_M" in small.stderr
+    )
+    done = run("pull", "owner/One-GGUF", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["choices"][0]["decode_per_s"] > 0
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "show", "rm", "pull"])
+def test_a_mistyped_repository_gets_the_closest_names(run: Run, command: str) -> None:
+    done = run(command, "unslth/Qwen3-30B-A3B-GGUF", *(["hi"] if command == "run" else []))
+    assert done.returncode == 1 and "Did you mean qwen3-30b-a3b" in done.stderr
+
+
+def test_show_reads_the_header_on_the_hub(run: Run, hub: HubServer) -> None:
+    hub.add("unsloth/Qwen3-30B-A3B-GGUF", "q-UD-Q4_K_XL.gguf", hub.repos[REPO]["tiny-Q4_K_M.gguf"].data)
+    done = run("show", "qwen3-30b-a3b:UD-Q4_K_XL", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["arch"] == "qwen3moe"
+    assert "Template" in run("show", "qwen3-30b-a3b:UD-Q4_K_XL").stdout
+    assert "Template" not in run("show", "qwen3-30b-a3b", HF_HUB_OFFLINE="1").stdout
+
+
+def test_half_of_a_joined_model_is_told_and_removed(run: Run, env: dict[str, str]) -> None:
+    begun = Path(env["MOELOCAL_HOME"]) / "models" / "owner" / "Cut-GGUF-Q4_K_M.gguf.moelocal.incomplete"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"x" * (1 << 20))
+    assert "owner/Cut-GGUF is downloaded in part (1.0 MiB)" in run("list").stderr
+    assert "1.0 MiB are free" in run("rm", "owner/Cut-GGUF", "--unfinished", "--yes").stdout
+    assert not begun.exists() and "in part" not in run("list").stderr
+
+
 def test_the_best_one_is_chosen(run: Run) -> None:
     done = run("pull", REPO, "--yes", "--json")
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moelocal.errors import MoelocalError
+from moelocal.errors import ModelNotFound, MoelocalError
+from moelocal.model import catalog
 from moelocal.model.download import Progress, check_room, download, targets_of
 from moelocal.model.hub import HubError, list_models, pick
 from moelocal.model.store import resolve
@@ -100,7 +102,12 @@ def test_a_cut_file_is_joined(hub: HubServer, tmp_path: Path, monkeypatch: pytes
     for i, (start, end) in enumerate(((0, 5_000_001), (5_000_001, 9_000_000), (9_000_000, len(data)))):
         hub.add(REPO, f"m-Q4_0.gguf-split-{'abc'[i]}", data[start:end])
     (path,) = pull()
-    assert path.read_bytes() == data and resolve(f"{REPO}:Q4_0") == path
+    assert path.read_bytes() == data and resolve(f"{REPO}:Q4_0") == resolve(REPO) == path
+    toy = replace(catalog.entries()[0], name="toy", repo=REPO)
+    monkeypatch.setattr(catalog, "entries", lambda: (toy,))
+    assert resolve("toy") == resolve("toy:Q4_0") == path
+    with pytest.raises(ModelNotFound):
+        resolve("toy:Q8_0")
 
 
 def child(hub: HubServer, folder: Path) -> subprocess.Popen[str]:

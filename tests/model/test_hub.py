@@ -179,3 +179,15 @@ def test_listings_that_cannot_be(hub: HubServer, monkeypatch: pytest.MonkeyPatch
 def test_a_long_wait_is_told(told: str, seconds: int, is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
     assert pause_s(0, {"Retry-After": told}) == seconds
     assert (f"asked again in {seconds} s" in caplog.text) is is_said
+
+
+def test_pauses_grow_and_are_kept(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = [pause_s(attempt, {}) for attempt in range(8)]
+    assert pauses == sorted(pauses) and pauses[3] == 8 * pauses[0] > 0 and pauses[-1] <= 60
+    assert pause_s(0, {"RateLimit": '"api";r=0;t=2'}) == 2 and pause_s(0, {"RateLimit": "odd"}) == pauses[0]
+    slept: list[float] = []
+    monkeypatch.setattr("moelocal.model.hub.time.sleep", slept.append)
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    hub.faults.api_status = [(500, {}), (503, {}), (429, {"Retry-After": "7"})]
+    assert list_models(REPO).models
+    assert slept == [pauses[0], pauses[1], 7.0]

@@ -209,3 +209,12 @@ def test_a_header_rescaled_plans_as_the_real_one(quant: str) -> None:
 )
 def test_the_type_that_a_quantization_is_named_after(quant: str, kind: str | None) -> None:
     assert main_type(quant) == kind
+
+
+def test_what_is_here_already_needs_no_room() -> None:
+    machine, options = parse_machine("ram=64GiB:80GB/s;cores=12"), candidates("qwen3-30b-a3b")
+    room = 1 << 30
+    assert choose(options, machine, PlanRequest(), room).best is None
+    begun = [one._replace(missing_bytes=room // 2) if one.label == "Q4_K_M" else one for one in options]
+    best = choose(begun, machine, PlanRequest(), room).best
+    assert best is not None and best.label == "Q4_K_M"
