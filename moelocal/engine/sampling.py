@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from moelocal.engine.abi import captured_stderr
@@ -109,7 +110,7 @@ def with_advice(given: Mapping[str, Any], metadata: Mapping[str, Any]) -> Sampli
 
 
 class Sampler:
-    """A sampler chain held open for one answer. A context manager; `sample()` picks and accepts the next token."""
+    """A sampler chain held open for one answer. A context manager; `picker()` gives what picks the next token."""
 
     def __init__(self, sampling: Sampling, model: int, ends: Sequence[int] = ()) -> None:
         """`ends`: the tokens that `ignore_eos` rules out."""
@@ -138,11 +139,11 @@ class Sampler:
         for token in tokens:
             self._low.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: int) -> int:
-        """The next token after the last decoded one."""
+    def picker(self, context: int) -> Callable[[], int]:
+        """Picks and accepts the next token after the last decoded one; without a grammar it is a call into C."""
         if self._grammar is None:
-            return int(self._low.llama_sampler_sample(self._chain, context, -1))
-        return self._sample_with_grammar(context)
+            return partial(self._low.llama_sampler_sample, self._chain, context, -1)
+        return partial(self._sample_with_grammar, context)
 
     def _sample_with_grammar(self, context: int) -> int:
         """Samples freely and asks the grammar about that one token; only a rejected one makes the grammar look at the

@@ -308,11 +308,11 @@ class Session:
                 sampler.accept(tokens[-sampling.penalty_last_n :] if sampling.penalty_last_n else ())
                 out = TextDecoder(sampling.stop)
                 limit = min(sampling.max_tokens or self._n_ctx, self._n_ctx)
-                context, decode, cached = self._context, self._decode, self.cached
-                pieces, sample = self._pieces, sampler.sample
+                decode, cached, pieces = self._decode, self.cached, self._pieces
+                pick = sampler.picker(self._context)
                 batch = self._low.llama_batch_get_one(self._token, 1)
                 while finish is None:
-                    token = sample(context)
+                    token = pick()
                     generated += 1
                     first_at = first_at or time.perf_counter()
                     data, is_end = pieces.get(token) or self._learn(token)
