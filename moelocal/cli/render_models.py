@@ -29,6 +29,7 @@ _STYLES: dict[Kind, str] = {
 }
 _NAME_CELLS = 25  # the longest of the catalog, and two for the mark
 _WIDE = 74  # cells of a row, without what the model is good at
+_FACTS_CELLS = 51  # context, licence and architecture, in a window that has room for them
 _LEAST_TEXT = 16
 
 
@@ -68,7 +69,10 @@ def show_offers(offers: Iterable[Offer], out: TextIO) -> None:
     console = _console(out)
     is_wide = console.width >= _WIDE
     room = console.width - _WIDE - 2
+    is_widest = room > _LEAST_TEXT + _FACTS_CELLS
+    room -= _FACTS_CELLS * is_widest
     head = _offer_line(("  Model", "Size", "Parameters", "Here", "Tokens/s"), is_wide)
+    head += _facts_cells("Context", "Licence", "Architecture") * is_widest
     console.print(Text(head + ("  Good at" if room > _LEAST_TEXT else ""), style="bold"), soft_wrap=True)
     n_here = 0
     for offer in offers:
@@ -79,6 +83,8 @@ def show_offers(offers: Iterable[Offer], out: TextIO) -> None:
         rate = "-" if found.decode_per_s is None else _rate(found.decode_per_s)
         line = _offer_line((name, format_bytes(offer.facts.total_bytes), params, found.kind, rate), is_wide)
         text = Text(line, style=_STYLES[found.kind])
+        if is_widest:
+            text.append(_facts_cells(f"{entry.n_ctx // 1024}k", entry.licence, entry.arch), style="dim")
         if room > _LEAST_TEXT:
             good_at = Text("  " + entry.good_at, style="dim")
             good_at.truncate(room + 2, overflow="ellipsis")
@@ -86,6 +92,10 @@ def show_offers(offers: Iterable[Offer], out: TextIO) -> None:
         console.print(text, soft_wrap=True)
     if n_here:
         console.print(Text("  * on this disk", style="dim"))
+
+
+def _facts_cells(n_ctx: str, licence: str, arch: str) -> str:
+    return f"  {n_ctx:>7}  {set_cell_size(licence, 24)}  {set_cell_size(arch, 14)}"
 
 
 def _offer_line(cells: tuple[str, str, str, str, str], is_wide: bool) -> str:

@@ -151,7 +151,7 @@ def _looks_like(head: bytes) -> tuple[str, str]:
         return "one with its bytes swapped", "Get the ordinary, little-endian file."
     if not head.strip(b"\0"):
         return "zeros, as in a download that never finished", FETCH_AGAIN
-    return "", ""
+    return "", "Name the path of a .gguf file, or a model of: moelocal list"
 
 
 def _read_metadata(reader: Reader, n_keys: int) -> dict[str, Any]:
