@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from moelocal.errors import BadGGUF, BadRequest, ModelNotFound
 from moelocal.model.header import GGUFHeader, merge_shards, parse_header
-from moelocal.model.hub import HubFile, HubModel, Listing, list_models, pick
+from moelocal.model.hub import HubError, HubFile, HubModel, Listing, group, list_models, pick
 from moelocal.model.ranges import RemoteFile
 from moelocal.model.reference import parse_reference
 from moelocal.paths import user_home
@@ -50,13 +51,30 @@ def open_header(reference: str) -> tuple[GGUFHeader, str]:
     asked = parse_reference(reference)
     if asked is None or not asked.repo:
         raise BadRequest(f"{reference!r:.90} is no model of the hub.", "Write it like owner/repo:Q4_K_M.")
-    listing = list_models(asked.repo)
+    listing = _listing(asked.repo)
     if asked.quant or asked.file:
         model = pick(listing, asked.quant, asked.file)
     else:
         model = usual(listing, asked.entry.quant if asked.entry else "Q4_K_M")
     n_files = f" in {len(model.files)} files" if len(model.files) > 1 else ""
     return read_remote(listing, model), f"{listing.repo} {model.label}, {model.n_bytes / 1e9:.1f} GB{n_files}"
+
+
+def _listing(repo: str) -> Listing:
+    """What a repository holds; as it was when it was asked last, where there is no way to the hub."""
+    kept = user_home() / "listings" / f"{repo.replace('/', '--')}.json"
+    try:
+        listing = list_models(repo)
+    except HubError as error:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            commit, files = json.loads(kept.read_bytes()) if error.status == 0 else ("", ())
+            models, incomplete = group([HubFile(str(path), int(size), str(digest)) for path, size, digest in files])
+            if models:
+                return Listing(repo, str(commit), models, incomplete)
+        raise
+    files = [(file.path, file.n_bytes, file.digest) for model in listing.models for file in model.files]
+    _keep(kept, json.dumps([listing.commit, files]).encode())
+    return listing
 
 
 def usual(listing: Listing, quant: str = "Q4_K_M") -> HubModel:

@@ -82,7 +82,37 @@ def test_show_reads_the_header_on_the_hub(run: Run, hub: HubServer) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["arch"] == "qwen3moe"
     assert "Template" in run("show", "qwen3-30b-a3b:UD-Q4_K_XL").stdout
-    assert "Template" not in run("show", "qwen3-30b-a3b", HF_HUB_OFFLINE="1").stdout
+    assert "Template" in run("show", "qwen3-30b-a3b:UD-Q4_K_XL", HF_HUB_OFFLINE="1").stdout
+    assert "Template" not in run("show", "olmoe-1b-7b", HF_HUB_OFFLINE="1").stdout
+
+
+def test_what_was_looked_at_before_is_planned_offline(run: Run) -> None:
+    seen = run("plan", f"{REPO}:Q2_K", "--json", "--machine", "ram=16GiB")
+    offline = run("plan", f"{REPO}:Q2_K", "--json", "--machine", "ram=16GiB", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout == seen.stdout
+    assert run("plan", "owner/One-More-GGUF", HF_HUB_OFFLINE="1").returncode == 1
+
+
+def test_the_token_of_the_usual_file(run: Run, hub: HubServer, env: dict[str, str]) -> None:
+    hub.token = "hf_right"
+    try:
+        denied = run("pull", f"{REPO}:Q2_K")
+        assert denied.returncode == 1 and "hf auth login" in denied.stderr
+        home = Path(env["HF_HOME"])
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "token").write_text("hf_right\n")
+        assert run("pull", f"{REPO}:Q2_K").returncode == 0
+    finally:
+        hub.token = None
+
+
+def test_through_a_proxy(run: Run, hub: HubServer) -> None:
+    proxy = {"HTTP_PROXY": hub.endpoint, "http_proxy": hub.endpoint, "NO_PROXY": "", "no_proxy": ""}
+    done = run("pull", f"{REPO}:Q2_K", HF_ENDPOINT="http://hub.invalid", **proxy)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).stat().st_size > 1 << 20
+    assert run("pull", f"{REPO}:Q4_K_M", HF_ENDPOINT="http://hub.invalid").returncode == 1
 
 
 def test_half_of_a_joined_model_is_told_and_removed(run: Run, env: dict[str, str]) -> None:

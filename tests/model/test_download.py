@@ -110,6 +110,18 @@ def test_a_cut_file_is_joined(hub: HubServer, tmp_path: Path, monkeypatch: pytes
         resolve("toy:Q8_0")
 
 
+def test_a_line_that_stalls_is_opened_again(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelocal.model.ranges._TIMEOUT_S", 0.4)
+    data = weights(3)
+    hub.add(REPO, "m-Q4_0.gguf", data)
+    hub.faults.bytes_per_s = 30e3  # seconds between its pieces
+    healed = threading.Timer(1.5, lambda: setattr(hub.faults, "bytes_per_s", None))
+    healed.start()
+    (path,) = pull()
+    healed.join()
+    assert path.read_bytes() == data and hub.n_requests("m-Q4_0.gguf") > 2
+
+
 def child(hub: HubServer, folder: Path) -> subprocess.Popen[str]:
     env = {**os.environ, **hub.env(folder), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", CHILD], env=env, stdout=subprocess.PIPE, text=True)
