@@ -96,6 +96,7 @@ def _asked(text: str) -> Reference:
     Raises:
         MoelocalError: nothing that the hub could have.
     """
+    from moelocal.cli.messages import note
     from moelocal.model.catalog import closest
     from moelocal.model.reference import parse_reference, shortened
 
@@ -106,6 +107,8 @@ def _asked(text: str) -> Reference:
         )
     asked = parse_reference(text)
     if asked is not None and asked.repo and not (asked.repo.lower().endswith(".gguf") and not asked.file):
+        if os.path.isfile(text):
+            note(f"{shown} is taken as the model of that name; the file here is left alone.")
         return asked
     if os.path.isfile(text):
         raise BadRequest(f"{shown} is a file on this disk: there is nothing to pull.", f"moelocal run {shown}")
