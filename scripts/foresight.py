@@ -1,10 +1,12 @@
-"""Prints what the cost model predicts for GGUF files on this machine, and what is then measured: medians of five.
+"""Prints what the cost model predicts for GGUF files on this machine, and what is then measured.
 
-Measure the machine first: `scripts/moelocal doctor --probe`. Each file is run mapped and repacked. `after one` is the
-prediction corrected by a first run, as a plan's is, against the runs after it. With `--rpc`, one file runs in three
-placements between this machine and a worker that the script starts on it with one thread.
+Rounds of both, since a machine's speed changes by itself: in each the machine is measured anew (as `moelocal doctor
+--probe` does), then every file runs, mapped and repacked. A ratio is predicted / measured of one round; medians of the
+rounds are shown, and the smallest and largest. `after one`: the prediction corrected by that round's first run, as
+every later plan is, against its second. With `--rpc`, one file runs in three placements between this machine and a
+worker that the script starts on it with one thread.
 
-usage: python scripts/foresight.py FILE.gguf ... [--settings mapped,repacked] [--rpc] [--prompt 512] [--tokens 32]
+usage: python scripts/foresight.py FILE.gguf ... [--settings mapped,repacked] [--rpc] [--rounds 5] [--prompt 512]
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,11 +42,10 @@ COLUMNS = ("predicted", "measured", "ratio", "after one")
 
 
 class Sizes(NamedTuple):
-    """How much is computed in each run, and how many runs there are."""
+    """How much is computed in each run."""
 
     n_prompt: int
     n_tokens: int
-    n_runs: int
 
     @property
     def n_depth(self) -> int:
@@ -93,7 +94,7 @@ def remote_cases(path: Path, machine: Machine, sizes: Sizes) -> Iterator[Case]:
 
 
 def measure(case: Case, sizes: Sizes) -> list[tuple[float, float]]:
-    """Seconds of the prompt, and of the decoded tokens, of each run."""
+    """Seconds of the prompt, and of the decoded tokens, of two runs."""
     setting = case.setting
     plan = Plan(
         setting.n_ctx, setting.kv_type, setting.n_ubatch, setting.threads, 0, setting.repack, setting.load_mode,
@@ -101,7 +102,7 @@ def measure(case: Case, sizes: Sizes) -> list[tuple[float, float]]:
     )  # fmt: skip
     with load([case.path], case.header, plan) as session:
         answer(session, sizes._replace(n_tokens=8), -1)  # brings weights in
-        return [answer(session, sizes, run) for run in range(sizes.n_runs + 1)]
+        return [answer(session, sizes, run) for run in range(2)]
 
 
 def answer(session: Session, sizes: Sizes, seed: int) -> tuple[float, float]:
@@ -126,24 +127,43 @@ def foresee(case: Case, machine: Machine, sizes: Sizes, runs: Sequence[Run] = ()
     return predict(case.facts, machine, setting, sizes.n_prompt, sizes.n_depth, correction)
 
 
-def show(case: Case, machine: Machine, sizes: Sizes) -> None:
-    """One row: decode and prefill, predicted and measured."""
-    before = foresee(case, machine, sizes)
-    (first_prompt_s, first_decode_s), *others = measure(case, sizes)
-    run = Run(
-        case.setting, machine.ram_free_bytes, sizes.n_prompt, first_prompt_s, first_prompt_s, sizes.n_depth,
-        sizes.n_tokens, first_decode_s, 0.0,
-    )  # fmt: skip
-    after = foresee(case, machine, sizes, [run])
-    prefill = sizes.n_prompt / statistics.median(prompt_s for prompt_s, _ in others)
-    decode = sizes.n_tokens / statistics.median(decode_s for _, decode_s in others)
+class Outcome(NamedTuple):
+    """Tokens per second of one round: predicted, measured, and both again once a first run had corrected it."""
+
+    predicted: float
+    measured: float
+    corrected: float
+    then: float
+
+    @staticmethod
+    def of(case: Case, machine: Machine, sizes: Sizes) -> tuple[Outcome, Outcome]:
+        """Of decode and of prefill."""
+        before = foresee(case, machine, sizes)
+        (prompt_s, decode_s), then = measure(case, sizes)
+        run = Run(
+            case.setting, machine.ram_free_bytes, sizes.n_prompt, prompt_s, prompt_s, sizes.n_depth, sizes.n_tokens,
+            decode_s, 0.0,
+        )  # fmt: skip
+        after = foresee(case, machine, sizes, [run])
+        n_tokens, n_prompt = sizes.n_tokens, sizes.n_prompt
+        return (
+            Outcome(before.decode_per_s, n_tokens / decode_s, after.decode_per_s, n_tokens / then[1]),
+            Outcome(before.prefill_per_s, n_prompt / prompt_s, after.prefill_per_s, n_prompt / then[0]),
+        )
+
+
+def row(case: Case, outcomes: Sequence[tuple[Outcome, Outcome]]) -> str:
+    """Medians of the rounds: decode and prefill, predicted and measured."""
     cells = [case.path.stem, case.name]
-    for told, corrected, measured in (
-        (before.decode_per_s, after.decode_per_s, decode),
-        (before.prefill_per_s, after.prefill_per_s, prefill),
-    ):
-        cells += [f"{told:.4g}", f"{measured:.4g}", f"{told / measured:.2f}", f"{corrected / measured:.2f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    for rounds in zip(*outcomes, strict=True):
+        cells += [f"{statistics.median(one.predicted for one in rounds):.4g}"]
+        cells += [f"{statistics.median(one.measured for one in rounds):.4g}"]
+        for ratios in (
+            [one.predicted / one.measured for one in rounds],
+            [one.corrected / one.then for one in rounds],
+        ):
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return f"| {' | '.join(cells)} |"
 
 
 @contextmanager
@@ -173,30 +193,33 @@ def main() -> int:
     parser.add_argument("--settings", default="mapped,repacked")
     parser.add_argument("--rpc", action="store_true", help="three placements on a worker, in place of the settings")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     settings = args.settings.split(",")
     if unknown := set(settings) - {"mapped", "repacked"}:
         parser.error(f"no such setting: {', '.join(sorted(unknown))}")
-    sizes = Sizes(args.prompt, args.tokens, args.runs)
-    print(f"| file | setting | decode {' | '.join(COLUMNS)} | prefill {' | '.join(COLUMNS)} |")
-    print(f"|---|---|{'---:|' * 2 * len(COLUMNS)}", flush=True)
-    if args.rpc:
-        with worker() as address:
+    sizes = Sizes(args.prompt, args.tokens)
+    with worker() if args.rpc else nullcontext() as address:
+        if address:
             rpc.add_workers([address])
-            machine = detect(llama.devices(), llama.version())
-            machine = replace(machine, speeds=probe(machine, types=("Q4_K", "Q6_K"), budget_s=90))
-            for path in args.files:
-                for case in remote_cases(path, machine, sizes):
-                    show(case, machine, sizes)
-        return 0
-    machine = detect(llama.devices(), llama.version())
-    if not any(speeds.measured for speeds in machine.speeds.devices.values()):
-        parser.error("this machine was not measured yet: moelocal doctor --probe")
-    for path in args.files:
-        for case in local_cases(path, machine, settings, sizes):
-            show(case, machine, sizes)
+        machine = detect(llama.devices(), llama.version())
+        cases = [
+            case
+            for path in args.files
+            for case in (remote_cases(path, machine, sizes) if address else local_cases(path, machine, settings, sizes))
+        ]
+        outcomes: list[list[tuple[Outcome, Outcome]]] = [[] for _ in cases]
+        for i in range(args.rounds):
+            print(f"round {i + 1} of {args.rounds}", file=sys.stderr, flush=True)
+            now = replace(machine, speeds=probe(machine))
+            for case, its in zip(cases, outcomes, strict=True):
+                its.append(Outcome.of(case, now, sizes))
+                print(case.path.stem, case.name, *its[-1], file=sys.stderr, flush=True)
+    print(f"| file | setting | decode {' | '.join(COLUMNS)} | prefill {' | '.join(COLUMNS)} |")
+    print(f"|---|---|{'---:|' * 2 * len(COLUMNS)}")
+    for case, its in zip(cases, outcomes, strict=True):
+        print(row(case, its))
     return 0
 
 

@@ -27,6 +27,7 @@ ROOMS = {  # each room and the rooms that it may import, besides itself and the 
 ONLY_IN = {
     "llama_cpp": {"engine/llama.py", "engine/abi.py"},
     "rich": {
+        "cli/console.py",
         "cli/render.py",
         "cli/render_plan.py",
         "cli/render_doctor.py",

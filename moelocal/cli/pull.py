@@ -49,6 +49,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     from moelocal.model.download import check_room, download, is_here, targets_of
     from moelocal.model.hub import HubError, list_models
     from moelocal.model.reference import parse_reference
+    from moelocal.units import format_bytes, format_seconds
 
     if placement.rpc:
         from moelocal.cli.guard import guard
@@ -75,7 +76,6 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     else:
         check_room(targets_of(listing, taken.model))
     view = _View()
-    start = time.monotonic()
     try:
         paths = download(listing, taken.model, view.update)
     except KeyboardInterrupt:
@@ -85,8 +85,9 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     finally:
         view.close()
     if view.n_fetched and not as_json:
-        seconds = max(time.monotonic() - start, 1e-3)
-        note(f"{view.n_fetched / 1e9:.2f} GB in {seconds:.1f} s ({view.n_fetched / seconds / 1e6:.0f} MB/s), checked.")
+        seconds = view.seconds
+        rate = format_bytes(view.n_fetched / seconds)
+        note(f"{format_bytes(view.n_fetched)} in {format_seconds(seconds)} ({rate}/s), checked.")
     _tell(name, paths, taken.model.quant, as_json, taken.choice)
 
 
@@ -284,36 +285,47 @@ class _View:
     def __init__(self) -> None:
         from moelocal.cli.screen import is_dumb
 
-        self._start: int | None = None
+        self._seen: int | None = None  # bytes that were here at the last update
         self._bars: Any = None
         self._is_live = sys.stderr.isatty() and not is_dumb()
         self._next_line = time.monotonic() + _LINE_S
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()  # `_began` moves on while another download is waited for
         self._has_waited = False
         self.n_fetched = 0
 
     def update(self, progress: Progress) -> None:
         """Shows how far it is."""
-        if self._start is None:
-            self._start = progress.n_done
+        now, before = time.monotonic(), self._seen
+        self._seen = progress.n_done
         if progress.waiting:
             if not self._has_waited:
                 self._say("Another download of this file is running: waiting for it.")
             self._has_waited = True
+            self._began += now - self._last
+        elif before is not None:
+            self.n_fetched += progress.n_done - before
+        self._last = now
+        if progress.waiting:
             return
-        self.n_fetched = 0 if self._has_waited else progress.n_done - self._start
         if self._is_live and progress.n_done < progress.n_bytes:
             if self._bars is None:
                 from moelocal.cli.render_pull import Bars
 
                 self._bars = Bars()
             self._bars.update(progress)
-        elif not self._is_live and (now := time.monotonic()) >= self._next_line:
+        elif not self._is_live and now >= self._next_line:
+            from moelocal.units import format_bytes, format_seconds
+
             self._next_line = now + _LINE_S
-            rate = self.n_fetched / max(now - self._began, 1e-3)
-            left = f", {(progress.n_bytes - progress.n_done) / rate:.0f} s left" if rate else ""
-            share = f"{progress.n_done / 1e9:.2f} of {progress.n_bytes / 1e9:.2f} GB"
-            self._say(f"{share}, {rate / 1e6:.0f} MB/s{left}")
+            rate = self.n_fetched / self.seconds
+            left = f", {format_seconds((progress.n_bytes - progress.n_done) / rate)} left" if rate else ""
+            share = f"{format_bytes(progress.n_done)} of {format_bytes(progress.n_bytes)}"
+            self._say(f"{share}, {format_bytes(rate)}/s{left}")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken, waiting for others left out."""
+        return max(time.monotonic() - self._began, 1e-3)
 
     def _say(self, text: str) -> None:
         from moelocal.cli.messages import dim

@@ -98,7 +98,11 @@ def _stored(model: str) -> Stored:
     if (shelf := _shelf(model)) and len(shelf.models) > 1:
         names = ", ".join(one.name for one in shelf.models)
         raise BadRequest(f"{len(shelf.models)} models of {shelf.repo} are here.", f"Say which: {names}")
-    path = resolve(model)
+    try:
+        path = resolve(model)
+    except ModelNotFound as error:
+        error.hint = error.hint if "mean" in error.hint else "What is here: moelocal list"
+        raise
     named = path.absolute()
     real = None if path.is_symlink() else os.path.realpath(path)  # someone's link to a model is not that model
     candidates = list(all_names())

@@ -23,6 +23,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from rich.theme import Theme
 
+from moelocal.cli.console import Plain
 from moelocal.cli.screen import BLANK, Row, Screen, harmless
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _RULE = "─"
 
 def console(out: TextIO | None = None) -> Console:
     """A rich console on `out`, default stderr."""
-    return Console(file=out or sys.stderr, theme=_THEME, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Plain(out, theme=_THEME, soft_wrap=True)
 
 
 def progress_bar(label: str) -> Callable[[float | None], None]:

@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moelocal.cli.console import Plain
 from moelocal.cli.screen import harmless
 from moelocal.units import format_bytes
 
@@ -43,7 +44,7 @@ _FEATURES = {  # as printed; what a better one of the same CPU implies is left o
 
 def show(out: TextIO, machine: Machine, engine: Engine, problems: tuple[Problem, ...], verdict: Verdict) -> None:
     """Draws what `doctor` found."""
-    console = Console(file=out, highlight=False, markup=False, emoji=False)
+    console = Plain(out)
     console.width = min(console.width, _MAX_WIDTH)
     plain = not console.encoding.lower().startswith("utf")
     parts: list[RenderableType] = [_facts(machine, engine)]

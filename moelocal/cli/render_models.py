@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moelocal.cli.console import Plain
 from moelocal.cli.messages import as_typed
 from moelocal.cli.screen import harmless
 from moelocal.units import format_bytes, format_count
@@ -34,7 +35,7 @@ _LEAST_TEXT = 16
 
 
 def _console(out: TextIO) -> Console:
-    console = Console(file=out, highlight=False, markup=False, emoji=False)
+    console = Plain(out)
     if not console.is_terminal:
         console.width = _ENDLESS
     return console

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moelocal.cli.console import Plain
 from moelocal.cli.messages import as_typed
 from moelocal.cli.screen import harmless
 from moelocal.plan.memory import CPU
@@ -36,7 +37,7 @@ _FIGURES = 24  # columns of `11.6 GiB of 11.6 GiB`, and spaces
 
 def show_plan(plan: Plan, facts: ModelFacts, machine: Machine, out: TextIO) -> None:
     """Prints a plan for a person."""
-    console = Console(file=out, highlight=False, markup=False, emoji=False)
+    console = Plain(out)
     width = min(_MOST, max(_LEAST, console.width))
     console.width = width
     console.print(_title(facts))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from moelocal.cli.console import Plain
 from moelocal.cli.screen import harmless
 from moelocal.units import format_bytes
 
@@ -23,10 +22,6 @@ _FIGURES_WIDTH = 44  # a short bar, bytes, speed, time left
 _HEADINGS = ("", "Type", "Size", "Bits", "Answer", "Here")
 
 
-def _console() -> Console:
-    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
-
-
 def show_choice(choice: Choice) -> None:
     """The options, the most exact first, each with a number; the best one is marked."""
     table = Table.grid(padding=(0, 2))
@@ -37,7 +32,7 @@ def show_choice(choice: Choice) -> None:
     table.add_row(*(Text(heading, style="bold") for heading in _HEADINGS))
     for number, option in enumerate(reversed(choice.options), 1):
         table.add_row(*_row(number, option, option is choice.best))
-    _console().print(table)
+    Plain().print(table)
 
 
 def _row(number: int, option: Option, is_best: bool) -> list[Text]:
@@ -60,7 +55,7 @@ class Bars:
             DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
             SpeedColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            console=_console(),
+            console=Plain(),
             transient=True,
             expand=True,
         )

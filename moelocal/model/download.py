@@ -138,12 +138,19 @@ def check_room(targets: list[Target]) -> None:
     Raises:
         MoelocalError: with what is missing.
     """
-    missing, free = missing_bytes(targets), free_bytes(targets[0].path.parent)
+    folder = targets[0].path.parent
+    missing, free = missing_bytes(targets), free_bytes(folder)
     if free is not None and missing > free:
         raise MoelocalError(
             f"The disk has room for {format_bytes(free)}, and {format_bytes(missing)} are still to come.",
-            "Free some (moelocal list shows what is here, moelocal rm removes it), or set HF_HOME to another disk.",
+            "Free some (moelocal list shows what is here, moelocal rm removes it), or set "
+            f"{_setting(folder)} to another disk.",
         )
+
+
+def _setting(folder: Path) -> str:
+    """The variable that says where a folder is."""
+    return "MOELOCAL_HOME" if folder.is_relative_to(made_folder()) else "HF_HOME"
 
 
 def _fetch(listing: Listing, target: Target, report: Callable[..., None]) -> None:
@@ -172,13 +179,17 @@ def _blob_lock(folder: Path, digest: str) -> Path:
 def _locked(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
     """Holds a lock; where the file system has none, goes on without: then at worst the work is done twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    has_waited = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(hub_utils().WeakFileLock(path, timeout=_LOCK_S))
                 break
             except TimeoutError:
+                has_waited = True
                 while_waiting()
+        if has_waited:
+            while_waiting()
         yield
 
 
@@ -213,6 +224,7 @@ def _writing(folder: Path) -> Iterator[None]:
             raise MoelocalError(f"What was fetched vanished from {folder}.", "Pull again.") from error
         if error.errno in _READ_ONLY:
             raise MoelocalError(
-                f"{folder} cannot be written: {os.strerror(error.errno or 0)}.", "Set HF_HOME to a folder of your own."
+                f"{folder} cannot be written: {os.strerror(error.errno or 0)}.",
+                f"Set {_setting(folder)} to a folder of your own.",
             ) from error
         raise

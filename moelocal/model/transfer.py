@@ -140,6 +140,7 @@ class Transfer:
             OSError: the disk is full, or cannot be written.
         """
         if self._counts is None:
+            self._probe(self._remotes[0])  # a refusal leaves no file
             self._counts = [0] * len(self._pieces)
             with self.target.partial.open("wb") as file:
                 file.truncate(self.target.n_bytes + _COUNT.size * len(self._pieces))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib import resources
 
 import pytest
 
@@ -61,6 +62,13 @@ def test_there_are_enough_and_they_are_sorted() -> None:
     totals = [entry.total_params for entry in entries()]
     assert len(totals) >= 30
     assert totals == sorted(totals)
+
+
+def test_every_entry_has_its_evidence() -> None:
+    text = resources.files("moelocal").joinpath("model/catalog.toml").read_text(encoding="utf-8")
+    for block in text.split("[[model]]")[1:]:
+        name = re.search(r'name = "(.*)"', block)
+        assert name and re.match(r"\n# Seen: \S+", block), name
 
 
 def test_names_are_unique_and_easy_to_type() -> None:

@@ -233,6 +233,24 @@ def test_a_slow_server_is_waited_for(hub: HubServer, monkeypatch: pytest.MonkeyP
     assert pull()[0].read_bytes() == data
 
 
+def test_a_refusal_leaves_nothing_behind(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", weights(1))
+    hub.faults.ignores_ranges = True
+    with pytest.raises(HubError):
+        pull()
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_a_joined_file_goes_where_another_setting_says(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelocal.model.download.free_bytes", lambda folder: 5)
+    data = weights(1)
+    hub.add(REPO, "m-Q6_K.gguf.part1of2", data[:1000])
+    hub.add(REPO, "m-Q6_K.gguf.part2of2", data[1000:])
+    with pytest.raises(MoelocalError, match="5 B") as caught:
+        pull(quant="Q6_K")
+    assert "MOELOCAL_HOME" in caught.value.hint
+
+
 def test_slow_lines_get_company(hub: HubServer) -> None:
     data = weights(24)
     hub.add(REPO, "m-Q4_0.gguf", data)
@@ -299,10 +317,15 @@ def test_a_disk_that_fills_up(hub: HubServer, small_disk: Path, monkeypatch: pyt
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk / "hub"))
     monkeypatch.setattr("moelocal.model.download.free_bytes", lambda folder: None)  # another program is faster
-    hub.add(REPO, "m-Q4_0.gguf", weights(12))
+    data = weights(12)
+    hub.add(REPO, "m-Q4_0.gguf", data)
     with pytest.raises(MoelocalError, match="The disk is full") as caught:
         pull()
     assert "goes on where it stopped" in caught.value.hint
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    sent = hub.wire["m-Q4_0.gguf"]
+    assert pull()[0].read_bytes() == data
+    assert sent > 0 and hub.wire["m-Q4_0.gguf"] - sent < 0.6 * len(data)  # 8 of 12 MB were here
 
 
 def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
