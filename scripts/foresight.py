@@ -4,7 +4,7 @@ Rounds of both, since a machine's speed changes by itself: in each the machine i
 --probe` does), then every file runs, mapped and repacked. A ratio is predicted / measured of one round; medians of the
 rounds are shown, and the smallest and largest. `after one`: the prediction corrected by that round's first run, as
 every later plan is, against its second. With `--rpc`, one file runs in three placements between this machine and a
-worker that the script starts on it with one thread.
+worker that the script starts on it, each with one thread.
 
 usage: python scripts/foresight.py FILE.gguf ... [--settings mapped,repacked] [--rpc] [--rounds 5] [--prompt 512]
 """
@@ -204,6 +204,8 @@ def main() -> int:
         if address:
             rpc.add_workers([address])
         machine = detect(llama.devices(), llama.version())
+        if address:  # the other thread is the worker's
+            machine = replace(machine, cpu=machine.cpu._replace(cores=1))
         cases = [
             case
             for path in args.files

@@ -4,10 +4,12 @@
 
 For each type two small models are made, a dense one and one of many experts, and run: decode and prefill, repacked or
 not. What models of hardly any weights take, of two depths, is what a token and a layer cost beside the weights, and is
-taken off. A prompt batch of 128 tokens on 8 of 32 experts gives each expert the rows that 512 tokens give it in a model
-of 128. The last layer counts for one token of a prompt: llama.cpp computes only what somebody reads.
+taken off. A prompt batch of 512 tokens on 4 of 64 experts gives each expert the rows that it gets in a model where each
+token uses 8 of 128. The last layer counts for one token of a prompt: llama.cpp computes only what somebody reads.
 
 Types come by importance; when the time is up, the others get their usual speeds, scaled by what the measured ones did.
+The first few, and what is not weights, are read several times, and the mean counts: computers change their speed for
+seconds at a time.
 """
 
 from __future__ import annotations
@@ -28,16 +30,18 @@ from moelocal.machine.speeds import UNLIMITED, DeviceSpeeds, Speeds, TypeSpeed
 from moelocal.measure.disk import random_read_bytes_per_s, writable_parent
 from moelocal.measure.probe_model import (
     FILE_BYTES,
+    MAPPED_BYTES,
     N_EMBD,
     N_VOCAB,
     ProbeModel,
     attention_model,
     base_model,
+    has_holes,
     probe_model,
     type_bytes,
     write_probe_model,
 )
-from moelocal.measure.readings import PROMPTS, Reading, Where, read_attention, read_speed
+from moelocal.measure.readings import PROMPTS, Attention, Reading, Where, mean, read_attention, read_speed
 from moelocal.paths import hub_folder
 from moelocal.units import format_bytes
 
@@ -46,12 +50,13 @@ TYPES = (
     "IQ2_XS", "BF16",
 )  # fmt: skip
 _DENSE_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of the others, experts only: dense weights differ from them alike
-BUDGET_S = 45.0  # then one more reading may still be running
+BUDGET_S = 48.0  # then one more reading may still be running
 _SPACE_BYTES = 400 << 20
 _BASE_DEPTHS = (3, 8)
 _LEAST_BY_TOKEN = 0.5  # of a long batch's time, likewise
 _LEAST_SHARE = 0.2  # of a reading that can be the weights': noise may make the rest look longer than it is
 _ATTENTION_WEIGHTS = N_EMBD * 64 * 10  # of a base model's layer: 4 heads of q and output, one of k and v
+_FIRST, _OFTEN = 9, 3  # types: of the first pass, and of every pass
 _CPU = "CPU"
 
 
@@ -72,11 +77,28 @@ class _Found:
     """What was read on one device so far."""
 
     device: Device
-    decode: dict[bool, Line] = field(default_factory=dict)  # by expert or not
-    prefill: dict[tuple[bool, int], Line] = field(default_factory=dict)
-    base_load_s: float = 0.0
-    macs_per_s: tuple[float, float] = (0.0, 0.0)  # of attention: decode, prefill
-    tables: dict[bool, dict[tuple[str, bool], TypeSpeed]] = field(default_factory=lambda: {False: {}, True: {}})
+    bases: dict[tuple[bool, int], list[Reading]] = field(default_factory=dict)  # (by expert, layers)
+    types: dict[tuple[ProbeModel, bool], list[Reading]] = field(default_factory=dict)  # (model, repacked)
+    attention: list[Attention] = field(default_factory=list)
+    plain: set[str] = field(default_factory=set)  # types that llama.cpp does not repack here
+
+    def decode_line(self, by_expert: bool) -> Line:
+        """Seconds of a decoded token of the base models."""
+        few, many = (mean(self.bases[by_expert, depth]).decode_s for depth in _BASE_DEPTHS)
+        return _line(few, many)
+
+    def prefill_lines(self, by_expert: bool) -> dict[int, Line]:
+        """Seconds of a batch of the base models, by its tokens."""
+        few, many = (mean(self.bases[by_expert, depth]).prefill_s for depth in _BASE_DEPTHS)
+        return {n: _line(few[n], many[n], n_idle=1) for n in few.keys() & many.keys()}
+
+    def table(self, by_expert: bool) -> dict[tuple[str, bool], TypeSpeed]:
+        """Speeds of the types."""
+        return {
+            (model.kind, repack): _speed(self, model, mean(readings))
+            for (model, repack), readings in self.types.items()
+            if model.by_expert == by_expert
+        }
 
 
 class _Late(Exception):
@@ -142,7 +164,6 @@ class _Probe:
     ) -> None:
         self._machine, self._folder, self._progress, self._note = machine, folder, progress, note
         self._start, self._deadline = time.monotonic(), deadline
-        self._longest_s = 0.0
         self._found = [_Found(device) for device in machine.devices if device.name == _CPU or device.kind != "cpu"]
         self._speeds = Speeds()
         self._loads: dict[str, list[float]] = {"load_bytes_per_s": [], "repack_bytes_per_s": [], "copy_bytes_per_s": []}
@@ -150,20 +171,23 @@ class _Probe:
 
     def run(self, types: Sequence[str], file_bytes: int) -> Speeds:
         """Everything, in the order of importance."""
-        done: list[str] = []
+        passes = (types[:_FIRST], (*types[:_OFTEN], *types[_FIRST:]), types[:_OFTEN])
+        late = set(types)
         self._read_bases()
         self._read_disk()
-        for i, kind in enumerate(types):
-            try:
-                for by_expert in (True, False) if kind in _DENSE_TYPES else (True,):
-                    self._read_type(probe_model(kind, by_expert, file_bytes))
-                self._tell((i + 1) / len(types))
-            except _Late:
-                late = ", ".join(name for name in types if name not in done)
-                self._note(f"The time was up before these types were measured: {late}. Their speeds are estimates.")
-                break
-            done.append(kind)
-        devices = {found.device.name: self._device_speeds(found) for found in self._found if found.decode}
+        try:
+            for i, kinds in enumerate(passes):
+                if i:
+                    self._read_bases()
+                for kind in kinds:
+                    self._read_type(kind, file_bytes)
+                    late.discard(kind)
+                self._tell((i + 1) / len(passes))
+        except _Late:
+            if late:
+                names = ", ".join(kind for kind in types if kind in late)
+                self._note(f"The time was up before these types were measured: {names}. Their speeds are estimates.")
+        devices = {found.device.name: self._device_speeds(found) for found in self._found if found.bases}
         loads = {name: median(values) for name, values in self._loads.items() if values}
         hop_s = median(self._hops) if self._hops else self._speeds.hop_s
         return replace(self._speeds, devices=devices, hop_s=hop_s, **loads)
@@ -191,32 +215,31 @@ class _Probe:
         return Where(device.name, device.name, self._machine.cpu.cores, repack)
 
     def _read_bases(self) -> None:
-        """Lines of what is not weights, on every device that works; hops."""
-        failed: list[_Found] = []
+        """What is not weights, on every device that works; hops."""
         for by_expert in (True, False):
-            readings: dict[str, list[Reading]] = {found.device.name: [] for found in self._found}
             for n_layers in _BASE_DEPTHS:
-                model = base_model(by_expert, n_layers)
-                for found in [one for one in self._found if one not in failed]:
+                for found in list(self._found):
+                    if found.attention:  # not the first time
+                        self._check_time()
                     try:
-                        readings[found.device.name].append(self._read_base(found, model))
+                        reading = self._read_base(found, base_model(by_expert, n_layers))
                     except (LoadFailed, OutOfMemory) as error:
                         if found.device.name == _CPU:
                             raise
-                        failed.append(found)
+                        self._found.remove(found)
                         self._note(f"{found.device.name} could not be measured: {error.message}")
+                    else:
+                        found.bases.setdefault((by_expert, n_layers), []).append(reading)
                     self._tell(0.0)
-            for found in [one for one in self._found if one not in failed]:
-                few, many = readings[found.device.name]
-                found.decode[by_expert] = _line(few.decode_s, many.decode_s)
-                found.base_load_s = few.load_s
-                for n in few.prefill_s.keys() & many.prefill_s.keys():
-                    found.prefill[by_expert, n] = _line(few.prefill_s[n], many.prefill_s[n], n_idle=1)
-        self._found = [found for found in self._found if found not in failed]
+        model = attention_model()
         for found in self._found:
-            model = attention_model()
-            found.macs_per_s = read_attention(self._path(model), model, self._where(found.device))
+            found.attention.append(read_attention(self._path(model), model, self._where(found.device)))
             self._tell(0.0)
+
+    def _check_time(self) -> None:
+        """Raises _Late when the time is up."""
+        if time.monotonic() > self._deadline:
+            raise _Late
 
     def _read_base(self, found: _Found, model: ProbeModel) -> Reading:
         reading = self._read(model, self._where(found.device))
@@ -238,21 +261,35 @@ class _Probe:
             self._speeds = replace(self._speeds, disk_bytes_per_s=speed)
         self._tell(0.0)
 
-    def _read_type(self, model: ProbeModel) -> None:
-        for found in self._found:
-            for repack in (False, True) if found.device.name == _CPU else (False,):
-                if time.monotonic() + self._longest_s > self._deadline:
-                    raise _Late
-                start = time.monotonic()
-                reading = self._read(model, self._where(found.device, repack))
-                self._longest_s = max(self._longest_s, time.monotonic() - start)
-                if reading.decode_s:
-                    found.tables[model.by_expert][model.kind, repack] = _speed(found, model, reading)
-                    self._keep_load(found, model, reading)
-                self._tell(0.0)
+    def _read_type(self, kind: str, file_bytes: int) -> None:
+        for by_expert in (True, False) if kind in _DENSE_TYPES else (True,):
+            small = probe_model(kind, by_expert, file_bytes)
+            spread = (
+                probe_model(kind, by_expert, self._mapped_bytes(file_bytes)) if by_expert and has_holes(kind) else small
+            )
+            for found in self._found:
+                is_cpu = found.device.name == _CPU
+                for model, repack in ((spread, False), (small, True)) if is_cpu else ((small, False),):
+                    if repack and kind in found.plain:
+                        continue
+                    self._check_time()
+                    reading = self._read(model, self._where(found.device, repack))
+                    if reading.decode_s:
+                        found.types.setdefault((model, repack), []).append(reading)
+                        self._keep_load(found, model, reading)
+                    else:
+                        found.plain.add(kind)
+                    self._tell(0.0)
+
+    def _mapped_bytes(self, file_bytes: int) -> int:
+        """Of a model whose experts lie as far apart as a real one's, as far as memory allows."""
+        return max(file_bytes, min(MAPPED_BYTES * file_bytes // FILE_BYTES, self._machine.ram_free_bytes // 4))
 
     def _keep_load(self, found: _Found, model: ProbeModel, reading: Reading) -> None:
-        load_s = max(_LEAST_SHARE * reading.load_s, reading.load_s - found.base_load_s)
+        if model.by_expert and has_holes(model.kind):
+            return  # the system makes these pages, nothing is read
+        base_load_s = mean(found.bases[True, _BASE_DEPTHS[0]]).load_s
+        load_s = max(_LEAST_SHARE * reading.load_s, reading.load_s - base_load_s)
         on_cpu = "repack_bytes_per_s" if reading.repacked_bytes else "load_bytes_per_s"
         name = on_cpu if found.device.name == _CPU else "copy_bytes_per_s"
         self._loads[name].append(model.held_bytes / load_s)
@@ -262,22 +299,23 @@ class _Probe:
     def _device_speeds(self, found: _Found) -> DeviceSpeeds:
         """Measured types; for the others the usual speeds, scaled alike."""
         usual = default_speeds(found.device, self._machine.cpu)
-        experts, dense = found.tables[True], found.tables[False]
+        experts, dense = found.table(True), found.table(False)
         tables = {True: experts or dense, False: _completed(dense, experts)}
         bandwidth = max(
             (speed.decode_bytes_per_s for speed in tables[False].values()), default=usual.bandwidth_bytes_per_s
         )
-        line = found.decode[True]
+        line = found.decode_line(True)
         read_s = _base_layer_bytes() / bandwidth
+        attention = Attention.mean(found.attention)
         return DeviceSpeeds(
             dense=_completed(tables[False], usual.dense),
             expert=_completed(tables[True], usual.expert),
             layer_s=max(_LEAST_SHARE * line.layer_s, line.layer_s - read_s),
             token_s=max(_LEAST_SHARE * line.fixed_s, line.fixed_s - type_bytes("Q8_0", N_EMBD * N_VOCAB) / bandwidth),
-            decode_macs_per_s=found.macs_per_s[0],
-            prefill_macs_per_s=found.macs_per_s[1],
-            prefill_values_per_s=_values_per_s(found, tables[False]),
-            measured=bool(found.tables[True] or found.tables[False]),
+            decode_macs_per_s=attention.decode_macs_per_s,
+            prefill_macs_per_s=attention.prefill_macs_per_s,
+            prefill_values_per_s=_values_per_s(found, tables[False], attention.prefill_macs_per_s),
+            measured=bool(experts or dense),
         )
 
 
@@ -293,13 +331,14 @@ def _speed(found: _Found, model: ProbeModel, reading: Reading) -> TypeSpeed:
 
     A batch takes what makes the weights ready plus a share for each token: the line through two lengths of it.
     """
-    beside = found.decode[model.by_expert].at(model.n_layers)
+    beside = found.decode_line(model.by_expert).at(model.n_layers)
     decode_s = max(_LEAST_SHARE * reading.decode_s, reading.decode_s - beside)
     n_working = model.n_layers - 1
+    lines = found.prefill_lines(model.by_expert)
     batches = {
-        n: max(_LEAST_SHARE * batch_s, batch_s - found.prefill[model.by_expert, n].at(n_working))
+        n: max(_LEAST_SHARE * batch_s, batch_s - lines[n].at(n_working))
         for n, batch_s in reading.prefill_s.items()
-        if (model.by_expert, n) in found.prefill
+        if n in lines
     }
     few, many = min(batches), max(batches)
     token_s = batches[many] / many
@@ -311,14 +350,14 @@ def _speed(found: _Found, model: ProbeModel, reading: Reading) -> TypeSpeed:
     return TypeSpeed(model.active_bytes / decode_s, model.weights_per_layer * n_working / token_s, batch_bytes_per_s)
 
 
-def _values_per_s(found: _Found, dense: dict[tuple[str, bool], TypeSpeed]) -> float:
+def _values_per_s(found: _Found, dense: dict[tuple[str, bool], TypeSpeed], macs_per_s: float) -> float:
     """Values of activations that a layer passes on per second: what the base model's layers take for a prompt, without
     their weights and their attention."""
-    n = max(n for by_expert, n in found.prefill if by_expert)
-    layer_s, base = found.prefill[True, n].layer_s, base_model(True, 1)
+    n, line = max(found.prefill_lines(True).items())
+    layer_s, base = line.layer_s, base_model(True, 1)
     rates = [rate.prefill_weights_per_s for (kind, _), rate in dense.items() if kind == "Q8_0"]
     weights_s = (_ATTENTION_WEIGHTS + base.weights_per_layer) * n / rates[0] if rates else 0.0
-    attention_s = base.attention_macs * n * n / 2 / found.macs_per_s[1]
+    attention_s = base.attention_macs * n * n / 2 / macs_per_s
     beside_s = max(_LEAST_SHARE * layer_s, layer_s - weights_s - attention_s)
     return N_EMBD * n / beside_s if beside_s > 0 else UNLIMITED
 

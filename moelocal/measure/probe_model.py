@@ -2,11 +2,14 @@
 
 Random blocks, valid for every type: only their scales are set, so that all values stay finite. Nearly all bytes are in
 the feed-forward part, dense or by expert, so two models of different width differ by known bytes of weights alone.
+Experts are holes in the file where the system has them, which read as weights of zero: what they take in memory is
+real, and on the disk nothing.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import struct
 from dataclasses import dataclass
@@ -17,11 +20,17 @@ from moelocal.model.ggml_types import GGML_TYPES
 
 N_EMBD = 2048
 N_VOCAB = 512
-DENSE_WIDTH, EXPERT_WIDTH, BASE_WIDTH = 4096, 512, 32
-N_EXPERTS, N_USED = 32, 8
-FILE_BYTES = 160 << 20  # of the largest model: many times a CPU's caches
+DENSE_WIDTH, EXPERT_WIDTH, BASE_WIDTH = 4096, 1024, 32
+N_USED = 4
+FILE_BYTES = 192 << 20  # of a model that is written: many times a CPU's caches
+MAPPED_BYTES = (
+    700 << 20
+)  # of a file of holes: experts of real models lie so far apart that their pages' addresses, too,
+# have to be looked up in memory, which costs mapped weights a tenth of their speed
 
 _MIN_LAYERS, _MAX_LAYERS = 3, 8
+_MIN_EXPERTS, _MAX_EXPERTS = 8, 64
+_NEVER_ZERO = "MXFP4"  # a scale of zero would be a number that CPUs are slow with
 _POOL_BYTES = 2 << 20
 _NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
 _KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
@@ -44,7 +53,7 @@ class ProbeModel:
     by_expert: bool
     n_layers: int
     width: int
-    n_experts: int = N_EXPERTS
+    n_experts: int = _MIN_EXPERTS
     n_used: int = N_USED
     n_head: int = 4
     n_head_kv: int = 1
@@ -78,13 +87,17 @@ def type_bytes(kind: str, n_weights: int) -> float:
 
 def probe_model(kind: str, by_expert: bool, max_bytes: int = FILE_BYTES) -> ProbeModel:
     """The model that measures a type: as many layers as fit into `max_bytes`, at least three."""
-    width = EXPERT_WIDTH if by_expert else DENSE_WIDTH
-    n_experts, n_used = N_EXPERTS, N_USED
-    layer = 3 * type_bytes(kind, N_EMBD * width * (n_experts if by_expert else 1))
-    while by_expert and layer * _MIN_LAYERS > max_bytes and n_used > 2:
-        n_experts, n_used, layer = n_experts // 2, n_used // 2, layer / 2
-    n_layers = max(_MIN_LAYERS, min(_MAX_LAYERS, int(max_bytes / layer)))
-    return ProbeModel(kind, by_expert, n_layers, width, n_experts, n_used)
+    width, n_experts = (EXPERT_WIDTH, _MAX_EXPERTS) if by_expert else (DENSE_WIDTH, 1)
+    ffn = 3 * type_bytes(kind, N_EMBD * width)
+    while n_experts > _MIN_EXPERTS and n_experts * ffn * _MIN_LAYERS > max_bytes:
+        n_experts //= 2
+    n_layers = max(_MIN_LAYERS, min(_MAX_LAYERS, int(max_bytes / (n_experts * ffn))))
+    return ProbeModel(kind, by_expert, n_layers, width, n_experts)
+
+
+def has_holes(kind: str) -> bool:
+    """Whether experts of a type can be holes in a file on this system."""
+    return os.name == "posix" and kind != _NEVER_ZERO
 
 
 def base_model(by_expert: bool, n_layers: int) -> ProbeModel:
@@ -149,8 +162,12 @@ def write_probe_model(model: ProbeModel, path: Path) -> None:
             if kind not in pools:
                 pools[kind] = memoryview(random_blocks(kind, _POOL_BYTES))
             n_bytes = round(type_bytes(kind, math.prod(shape)))
-            _fill(out, pools[kind], n_bytes)
+            if len(shape) > 2 and has_holes(kind):
+                out.seek(n_bytes, os.SEEK_CUR)
+            else:
+                _fill(out, pools[kind], n_bytes)
             writer.write_padding(out, n_bytes)
+        out.truncate(out.tell())
     finally:
         writer.close()
 

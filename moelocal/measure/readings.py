@@ -1,7 +1,7 @@
 """One model run on one device: seconds per decoded token, per batch of a prompt, and to load.
 
-Of several readings the median counts, since what is predicted is what people will see: on a busy machine nothing of it
-is kept (`others.py`).
+Of many decodes the median counts, of several readings the mean, since what is predicted is what people will see: on a
+busy machine nothing of it is kept (`others.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import NamedTuple
 
 from moelocal.engine.allocation import logged_buffers
 from moelocal.engine.sampling import Sampling
@@ -26,9 +28,8 @@ _N_CTX = 1024
 _DEPTH_STEP = 512  # tokens
 _DEEP_CTX = 5 * _DEPTH_STEP
 _DECODES, _FEW_DECODES = 64, 6
-_DECODE_LIMIT_S = 0.5  # then a few decodes are enough
-_RUNS = 3
-_SLOW_S = 0.4  # a batch that takes longer is measured once
+_DECODE_LIMIT_S = 0.3  # then a few decodes are enough
+_SLOW_S = 0.4  # of the short batch: then the long one is left out
 _LEAST_MORE = 0.05  # of a deep reading is attention's, whatever the noise says
 _FIRST_TOKEN = 259  # before it: control tokens and bytes
 
@@ -53,8 +54,41 @@ class Reading:
     repacked_bytes: int = 0
 
 
+def mean(readings: Sequence[Reading]) -> Reading:
+    """The mean of several readings of one model; of batches that all of them have."""
+    batches = set[int].intersection(*(set(reading.prefill_s) for reading in readings))
+    return Reading(
+        fmean(reading.decode_s for reading in readings),
+        {n: fmean(reading.prefill_s[n] for reading in readings) for n in batches},
+        fmean(reading.load_s for reading in readings),
+        readings[0].repacked_bytes,
+    )
+
+
+class Attention(NamedTuple):
+    """Seconds of one multiplication of attention: of one query at a time, and of a prompt's."""
+
+    decode_s: float
+    prefill_s: float
+
+    @classmethod
+    def mean(cls, readings: Sequence[Attention]) -> Attention:
+        """The mean of several readings."""
+        return cls(*map(fmean, zip(*readings, strict=True)))
+
+    @property
+    def decode_macs_per_s(self) -> float:
+        """Its rate."""
+        return 1 / self.decode_s
+
+    @property
+    def prefill_macs_per_s(self) -> float:
+        """Its rate."""
+        return 1 / self.prefill_s
+
+
 def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, ...] = PROMPTS) -> Reading:
-    """Loads a model and times it, several times each.
+    """Loads a model and times it.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -71,14 +105,12 @@ def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, 
         prefill_s: dict[int, float] = {}
         for n in prompts:
             if max(prefill_s.values(), default=0.0) < _SLOW_S:
-                prefill_s[n] = _prefill_s(session, noise, n)
+                prefill_s[n] = _run(session, noise, n, 1)[0]
         return Reading(decode_s, prefill_s, session.load_s, repacked)
 
 
-def read_attention(path: Path, model: ProbeModel, where: Where) -> tuple[float, float]:
-    """Multiplications per second of attention: of one query at a time, and of a prompt's.
-
-    From how much longer a deep cache takes than a shallow one.
+def read_attention(path: Path, model: ProbeModel, where: Where) -> Attention:
+    """What attention takes: from how much longer a deep cache takes than a shallow one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -94,7 +126,7 @@ def read_attention(path: Path, model: ProbeModel, where: Where) -> tuple[float, 
         last_s, deep = _run_text(session, noise, text, _DECODES)
     macs = float(model.attention_macs * 3 * step)
     decode_s = max(_LEAST_MORE * median(deep), median(deep) - median(shallow))
-    return macs / decode_s, macs * step / max(_LEAST_MORE * last_s, last_s - first_s)
+    return Attention(decode_s / macs, max(_LEAST_MORE * last_s, last_s - first_s) / (macs * step))
 
 
 def _plan(model: ProbeModel, where: Where, n_ctx: int) -> Plan:
@@ -111,15 +143,6 @@ def _plan(model: ProbeModel, where: Where, n_ctx: int) -> Plan:
         load_mode="mmap",
         placement=placement,
     )
-
-
-def _prefill_s(session: Session, noise: random.Random, n_tokens: int) -> float:
-    found: list[float] = []
-    while len(found) < _RUNS:
-        found.append(_run(session, noise, n_tokens, 1)[0])
-        if found[0] > _SLOW_S:
-            break
-    return median(found)
 
 
 def _run(session: Session, noise: random.Random, n_tokens: int, n_decodes: int) -> tuple[float, list[float]]:
