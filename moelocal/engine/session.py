@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moelocal.engine.sampling import Sampler, Sampling
 from moelocal.engine.state import StateFile
 from moelocal.engine.text import TextDecoder
 from moelocal.engine.timings import Chunk, FinishReason, Timings, timings_of
+from moelocal.engine.vocabulary import Vocabulary
 from moelocal.engine.warm import warm
 from moelocal.errors import BadRequest, ContextFull, LoadFailed, MoelocalError
 from moelocal.model.header import GGUFHeader
@@ -78,76 +78,27 @@ def load(
     return session
 
 
-class Session:
+class Session(Vocabulary):
     """An open model and its context. A context manager; not for use by two threads at once."""
 
     def __init__(
         self, model: int, header: GGUFHeader, plan: Plan, interrupt: Interrupt, load_s: float, checkpoints: bool
     ) -> None:
+        super().__init__(model)
         self.plan, self.header, self.load_s = plan, header, load_s
         self.cached: list[int] = []
         self.allocated: tuple[MemoryUse, ...] = ()  # per device, once the context is made
         self.timings: Timings | None = None  # of the last answer, an interrupted one too
         self._buffers = logged_buffers()
-        self._low = low = llama.api()
+        low = self._low
         self._interrupt = interrupt
         self._model, self._context = model, 0
         self._n_ctx = plan.n_ctx
-        self._vocab = low.llama_model_get_vocab(model)
-        self._n_vocab = int(low.llama_vocab_n_tokens(self._vocab))
         self._n_swa = int(low.llama_model_n_swa(model))
         self._recurrent = bool(low.llama_model_is_recurrent(model) or low.llama_model_is_hybrid(model))
         self._checkpoints = checkpoints and (self._recurrent or self._n_swa > 0)
         self._checkpoint: tuple[list[int], Any] | None = None
         self._token = (ctypes.c_int32 * 1)()
-        self._piece = ctypes.create_string_buffer(1024)
-        self._pieces: dict[int, tuple[bytes, bool]] = {}  # of tokens that were generated
-
-    # -- tokens -----------------------------------------------------------------------------------------------------
-
-    def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> list[int]:
-        """Token ids of a text. `special`: control-token texts such as <|im_end|> become that token.
-
-        `add_bos` puts the model's begin token in front, if the model wants one.
-        """
-        data = text.encode("utf-8", errors="replace")
-        room = len(data) + 8
-        while True:
-            out = (ctypes.c_int32 * room)()
-            n = self._low.llama_tokenize(self._vocab, data, len(data), out, room, add_bos, special)
-            if n >= 0:
-                return out[:n]
-            room = -n
-
-    def token_bytes(self, token: int, special: bool = True) -> bytes:
-        """A token's text as bytes; control tokens are empty unless `special`. Empty for an id that there is not: files
-        with such begin or padding tokens exist, and llama.cpp would abort."""
-        if not 0 <= token < self._n_vocab:
-            return b""
-        n = self._low.llama_token_to_piece(self._vocab, token, self._piece, len(self._piece), 0, special)
-        if n < 0:
-            self._piece = ctypes.create_string_buffer(-n)
-            return self.token_bytes(token, special)
-        return self._piece.raw[:n]
-
-    def _learn(self, token: int) -> tuple[bytes, bool]:
-        """A token's text, empty for control tokens, and whether it ends an answer; not asked for twice."""
-        piece = self.token_bytes(token, special=False), bool(self._low.llama_vocab_is_eog(self._vocab, token))
-        self._pieces[token] = piece
-        return piece
-
-    def token_text(self, token: int) -> str:
-        """A token's text, control tokens included."""
-        return self.token_bytes(token).decode(errors="replace")
-
-    def control_token(self, text: str) -> int | None:
-        """The one token that this text is, if it is a single one."""
-        tokens = self.tokenize(text)
-        return tokens[0] if len(tokens) == 1 and self.token_text(tokens[0]) == text else None
-
-    @cached_property
-    def _end_tokens(self) -> list[int]:
-        return [token for token in range(self._n_vocab) if self._low.llama_vocab_is_eog(self._vocab, token)]
 
     @property
     def generates(self) -> bool:
@@ -160,11 +111,6 @@ class Session:
     def check(self, sampling: Sampling) -> None:
         """Raises BadRequest for a grammar that cannot be parsed."""
         Sampler(sampling, self._model).close()
-
-    def leading_control(self, text: str) -> list[int]:
-        """The control token that a text begins with, if it does."""
-        tokens = self.tokenize(text)[:1]
-        return [token for token in tokens if self._low.llama_vocab_is_control(self._vocab, token)]
 
     # -- context ----------------------------------------------------------------------------------------------------
 
@@ -334,6 +280,28 @@ class Session:
                 self.timings = timings_of(self.load_s, (n_prompt, n_cached, generated), marks)
             rest = out.flush() if token is None else text + out.flush()
             yield Chunk(rest, token, self.timings, finish)
+
+    def evaluate(self, tokens: Sequence[int], one_by_one: bool = False) -> None:
+        """Computes tokens after those in the cache, in batches or one at a time as in decode; nothing is sampled.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+            MoelocalError: see `open`; llama.cpp failed.
+        """
+        with self._interrupt:
+            self.open()
+            step = 1 if one_by_one else min(self.plan.n_ubatch, self._n_ctx)
+            for at in range(0, len(tokens), step):
+                ids = tokens[at : at + step]
+                array = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to it
+                self._decode(self._low.llama_batch_get_one(array, len(ids)), ids)
+                if one_by_one:
+                    self._low.llama_synchronize(self._context)
+            self._low.llama_synchronize(self._context)
+
+    def rewind(self, n_tokens: int) -> int:
+        """Keeps the first tokens of the cache. Returns how many: 0 where the memory cannot be cut there."""
+        return self._rewind([*self.cached[:n_tokens], -1]) if self._context else 0
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         """Raises BadRequest for an empty prompt, ContextFull for one that leaves no room for an answer."""

@@ -27,9 +27,9 @@ from moelocal.machine.speeds import DeviceSpeeds, TypeSpeed
 from moelocal.model.facts import LayerFacts, ModelFacts
 from moelocal.model.ggml_types import GGML_TYPES
 from moelocal.model.header import TensorInfo
-from moelocal.model.kv import KVType, row_bytes
+from moelocal.model.kv import KVType
 from moelocal.plan.llama_flags import offload_min_batch
-from moelocal.plan.memory import CPU, MemoryUse, Sizes, placed, ram_left, tally
+from moelocal.plan.memory import CPU, MemoryUse, Sizes, cache_bytes, placed, ram_left, tally
 
 LoadMode = Literal["mmap", "none"]
 _LEAST_HEAD_MACS = 256  # one query against one position takes as long with heads of 64 values as with 128
@@ -196,7 +196,7 @@ class Costs:
         """Queries against the cache: read once per token of decode, multiplied with every query in a prompt, which is
         the newest part of the `n_depth` tokens."""
         speeds, work = self._speeds[name], self.work
-        kv_read = self._kv_bytes(layer) / speeds.bandwidth_bytes_per_s
+        kv_read = cache_bytes(layer, work.n_depth, work.kv_type) / speeds.bandwidth_bytes_per_s
         macs = self.facts.attention_macs(layer.index)
         pairs = work.n_prompt * (max(0, work.n_depth - work.n_prompt) + work.n_prompt / 2)
         if layer.kv_window:
@@ -348,16 +348,6 @@ class Costs:
         if self.work.repack and (kind, True) in self._speeds[name].dense:
             return n_bytes / speeds.repack_bytes_per_s
         return n_bytes / speeds.load_bytes_per_s * (2 if self.work.load_mode == "none" else 1)
-
-    def _kv_bytes(self, layer: LayerFacts) -> float:
-        """Bytes of cache and state that a token reads when `n_depth` tokens are there."""
-        n = self.work.n_depth
-        held = float(layer.state_bytes)
-        for cache in layer.caches:
-            cells = min(n / cache.ratio, cache.window or n)
-            rows = row_bytes(cache.k_elements, self.work.kv_type) + row_bytes(cache.v_elements, self.work.kv_type)
-            held += cells * rows
-        return held
 
 
 def device_speeds(machine: Machine, device: Device) -> DeviceSpeeds:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.machine.hardware import Machine
 from moelocal.model.compute import Where, Work, compute_bytes
-from moelocal.model.facts import ModelFacts
-from moelocal.model.kv import KVType
+from moelocal.model.facts import LayerFacts, ModelFacts
+from moelocal.model.kv import KVType, row_bytes
 
 if TYPE_CHECKING:
     from moelocal.plan.cost import Placement
@@ -130,3 +130,12 @@ def ram_left(machine: Machine, uses: dict[str, MemoryUse]) -> int:
     cpu = uses[CPU]
     others = sum(use.total_bytes for name, use in uses.items() if name in shared and name != CPU)
     return machine.ram_free_bytes - PROGRAM_BYTES - cpu.kv_bytes - cpu.compute_bytes - others
+
+
+def cache_bytes(layer: LayerFacts, n_depth: int, kv_type: KVType) -> float:
+    """Bytes of cache and state that a token reads in a layer when `n_depth` tokens are there."""
+    held = float(layer.state_bytes)
+    for cache in layer.caches:
+        cells = min(n_depth / cache.ratio, cache.window or n_depth)
+        held += cells * (row_bytes(cache.k_elements, kv_type) + row_bytes(cache.v_elements, kv_type))
+    return held
