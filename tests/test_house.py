@@ -28,6 +28,7 @@ ONLY_IN = {
     "llama_cpp": {"engine/llama.py", "engine/abi.py"},
     "rich": {
         "cli/console.py",
+        "cli/render_bench.py",
         "cli/render.py",
         "cli/render_plan.py",
         "cli/render_doctor.py",

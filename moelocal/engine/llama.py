@@ -335,7 +335,9 @@ def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | No
     params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = min(plan.n_ubatch, n_ctx)
     params.n_outputs_max = 1  # only the last token's logits are ever read: no n_ubatch x n_vocab buffer
-    params.n_threads = params.n_threads_batch = plan.threads
+    params.n_threads, params.n_threads_batch = plan.threads, plan.threads_batch or plan.threads
+    if plan.flash_attn is not None:
+        params.flash_attn_type = int(plan.flash_attn)  # llama_flash_attn_type; else -1: automatic
     params.type_k = params.type_v = GGML_TYPE[plan.kv_type]
     params.swa_full = False
     params.op_offload = plan.n_gpu_layers != 0

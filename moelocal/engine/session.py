@@ -126,6 +126,11 @@ class Session(Vocabulary):
             self._close_context()
             self._n_ctx = n_ctx
 
+    def run_as(self, plan: Plan) -> None:
+        """Goes on with another plan for the same weights in the same places; the cache is lost."""
+        self._close_context()
+        self.plan, self._n_ctx = plan, plan.n_ctx
+
     def open(self) -> None:
         """Makes the context now instead of at the first answer.
 

@@ -55,7 +55,7 @@ class Plan:
     `placement` says where everything lives; without one, `n_gpu_layers` go to llama.cpp's own choice of devices.
     `no_host`: weights in RAM do not use a GPU's pinned memory (so they can be repacked). `disk_bytes` of weights are
     more than RAM holds. `overrides` are tensor patterns and their devices; `workers` the machine's devices elsewhere,
-    and their buffers' names with the address.
+    and their buffers' names with the address. `threads_batch` and `flash_attn` as in the request.
     """
 
     n_ctx: int
@@ -76,6 +76,8 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
     workers: tuple[tuple[str, str], ...] = ()
+    threads_batch: int | None = None
+    flash_attn: bool | None = None
 
     @property
     def fits(self) -> bool:
@@ -210,6 +212,8 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
         predicted=prediction(best.seconds, turn.n_prompt),
         measured=history.measured(setting) if history else None,
         overrides=flags.overrides,
+        threads_batch=request.threads_batch,
+        flash_attn=request.flash_attn,
         workers=tuple((device.name, device.buffer_name) for device in here.devices if device.kind == "rpc"),
     )
 
@@ -244,6 +248,8 @@ def _trials(
             searches: list[Search] = []
             found: list[Trial] = []
             for repack, load_mode in _GPU_MODES if here.gpus else _CPU_MODES:
+                if request.repack not in (None, repack):
+                    continue
                 threads = request.threads or here.cpu.cores
                 work = Work(kv_type, n_ubatch, threads, repack, load_mode, turn.n_prompt, min(turn.n_depth, n_ctx))
                 n_away = request.experts_on_cpu if here.gpus else None

@@ -20,7 +20,8 @@ _MARGIN_BYTES, _MARGIN_SHARE, _MARGIN_MOST = 256 << 20, 0.03, 512 << 20
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What the user asked for; None leaves the choice to the planner. Budgets mean: at most this much. `gpu_bytes` are
-    (device name, bytes), the name None for every GPU. `one_shot`: one answer, so the time to load counts in full."""
+    (device name, bytes), the name None for every GPU. `one_shot`: one answer, so the time to load counts in full.
+    `threads_batch` are those for prompts, `threads` where None; `flash_attn` None: llama.cpp's own choice."""
 
     n_ctx: int | None = None
     kv_type: KVType | None = None
@@ -32,6 +33,9 @@ class PlanRequest:
     experts_on_cpu: int | None = None
     objective: Objective = "chat"
     one_shot: bool = False
+    repack: bool | None = None
+    threads_batch: int | None = None
+    flash_attn: bool | None = None
 
 
 class Turn(NamedTuple):
