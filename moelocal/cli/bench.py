@@ -18,7 +18,7 @@ from moelocal.units import parse_bytes
 if TYPE_CHECKING:
     from moelocal.engine.session import Session
     from moelocal.machine.hardware import Machine
-    from moelocal.measure.bench import Test
+    from moelocal.measure.bench import BenchTest
     from moelocal.measure.bench_rows import Change, Row
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
@@ -41,18 +41,18 @@ class Tests:
     depth: Annotated[str, opt.option("--depth -d", "Tokens in the context before. [0]", "N,...")] = "0"
     repetitions: Annotated[int, opt.option("--repetitions -r", "Runs of each test. [5]", "N", min=1, max=1000)] = 5
 
-    def all(self) -> list[Test]:
+    def all(self) -> list[BenchTest]:
         """The tests, prompts first.
 
         Raises:
             BadRequest: not numbers, or nothing to time.
         """
-        from moelocal.measure.bench import Test
+        from moelocal.measure.bench import BenchTest
 
         prompts, gens = _counts("--prompt", self.prompt, 0), _counts("--gen", self.gen, 0)
         depths = _counts("--depth", self.depth, 0)
-        tests = [Test(n, 0, depth) for n in prompts if n for depth in depths]
-        tests += [Test(0, n, depth) for n in gens if n for depth in depths]
+        tests = [BenchTest(n, 0, depth) for n in prompts if n for depth in depths]
+        tests += [BenchTest(0, n, depth) for n in gens if n for depth in depths]
         if not tests:
             raise BadRequest("There is nothing to measure.", "Give --prompt 512, --gen 128, or both.")
         return tests
@@ -202,7 +202,9 @@ def _machine(workers: Sequence[str], verbose: bool) -> Machine:
     return machine
 
 
-def _plans(subject: Subject, machine: Machine, requests: Sequence[PlanRequest], tests: Sequence[Test]) -> list[Plan]:
+def _plans(
+    subject: Subject, machine: Machine, requests: Sequence[PlanRequest], tests: Sequence[BenchTest]
+) -> list[Plan]:
     """A plan for each request, with a context for the longest test.
 
     Raises:
@@ -218,7 +220,7 @@ def _plans(subject: Subject, machine: Machine, requests: Sequence[PlanRequest], 
 class _Bench:
     """Measures models one after another, and keeps what was found."""
 
-    def __init__(self, machine: Machine, tests: Sequence[Test], repetitions: int, verbose: bool) -> None:
+    def __init__(self, machine: Machine, tests: Sequence[BenchTest], repetitions: int, verbose: bool) -> None:
         from moelocal.engine import llama
         from moelocal.machine.hardware import identity
         from moelocal.measure.bench_rows import Kept
@@ -270,7 +272,9 @@ class _Bench:
         with LoadingBar(label, silent=self._verbose) as bar:
             yield lambda i: bar.update((done + i / (self._repetitions + 1)) / n)
 
-    def _row(self, subject: Subject, plan: Plan, session: Session, test: Test, on_run: Callable[[int], None]) -> Row:
+    def _row(
+        self, subject: Subject, plan: Plan, session: Session, test: BenchTest, on_run: Callable[[int], None]
+    ) -> Row:
         from moelocal.measure.bench import measure
         from moelocal.measure.bench_rows import Row, Setting
         from moelocal.plan.cost import predict

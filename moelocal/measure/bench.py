@@ -1,6 +1,6 @@
 """Prompt and generation speed, by llama-bench's definitions, so that figures compare.
 
-    samples = measure(session, Test(512, 0, 0), repetitions=5)
+    samples = measure(session, BenchTest(512, 0, 0), repetitions=5)
 
 `pp512`: a prompt of 512 random tokens, computed at once. `tg128`: 128 tokens one after another, random ones, nothing
 sampled. At a depth, so many tokens are in the cache before, outside of the clock. One run before the first that counts.
@@ -28,7 +28,7 @@ _LEAST_OUTLIER = 0.05  # of the median: less is noise, however even the others a
 _DRIFT = 0.08  # from the first to the last, each slower than the one before
 
 
-class Test(NamedTuple):
+class BenchTest(NamedTuple):
     """What is timed: `n_prompt` tokens at once, then `n_gen` one by one, with `n_depth` in the cache before."""
 
     n_prompt: int
@@ -102,7 +102,7 @@ def is_falling(per_s: Sequence[float]) -> bool:
 
 def measure(
     session: Session,
-    test: Test,
+    test: BenchTest,
     repetitions: int,
     on_run: Callable[[int], None] = lambda _: None,
     has_nvidia: bool = False,
@@ -125,7 +125,7 @@ def measure(
     return Samples(tuple(per_s), resources.peak_bytes, resources.major_faults, others.share(), throttling.seen())
 
 
-def _run(session: Session, noise: random.Random, test: Test, depth: list[int]) -> float:
+def _run(session: Session, noise: random.Random, test: BenchTest, depth: list[int]) -> float:
     """Seconds of one run."""
     n_kept = session.rewind(len(depth)) if session.cached[: len(depth)] == depth else session.rewind(0)
     session.evaluate(depth[n_kept:])

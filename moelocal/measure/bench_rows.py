@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelocal.measure.bench import Samples, Test
+from moelocal.measure.bench import BenchTest, Samples
 from moelocal.paths import user_home
 
 _VERSION = 1
@@ -43,7 +43,7 @@ class Row:
     """One test with one setting. Speeds in tokens per second."""
 
     model: str
-    test: Test
+    test: BenchTest
     setting: Setting
     samples: Samples
     predicted_per_s: float

@@ -1,0 +1,198 @@
+"""`bench`: what counts as an outlier, how rows are kept and compared, and the command on the demo."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelocal.measure.bench import BenchTest, Samples, is_falling, outliers
+from moelocal.measure.bench_rows import Earlier, Kept, Row, Setting, compare
+from moelocal.paths import user_home
+from tests.conftest import ROOT
+
+SETTING = Setting(2, 2, 512, True, "f16", {"CPU": [0, 1]})
+FILE = (1000, "m.gguf")
+PP512 = BenchTest(512, 0)
+
+
+def row(*per_s: float, test: BenchTest = PP512, setting: Setting = SETTING) -> Row:
+    return Row("m", test, setting, Samples(per_s, 10**9, 0), 90.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("test", "name"),
+    [
+        (BenchTest(512, 0), "pp512"),
+        (BenchTest(0, 128), "tg128"),
+        (BenchTest(0, 128, 4096), "tg128 @ d4096"),
+        (BenchTest(512, 128), "pp512+tg128"),
+    ],
+)
+def test_names_are_llama_benchs(test: BenchTest, name: str) -> None:
+    assert test.name == name
+
+
+@pytest.mark.parametrize(
+    ("per_s", "found"),
+    [
+        ((100, 101, 99, 100, 60), (4,)),
+        ((100, 100, 100, 100, 104), ()),  # less than 5 %
+        ((100, 80, 120, 95, 105), ()),  # all of it is noise
+        ((100, 50), ()),
+        ((150, 100, 101, 99), (0,)),
+    ],
+)
+def test_outliers(per_s: tuple[float, ...], found: tuple[int, ...]) -> None:
+    assert outliers(per_s) == found
+
+
+def test_what_heat_does() -> None:
+    assert is_falling((100, 97, 94, 90))
+    assert not is_falling((100, 97, 98, 90)) and not is_falling((100, 99, 98, 97)) and not is_falling((100, 80))
+
+
+def test_notes_say_what_was_odd() -> None:
+    odd = Samples((100, 101, 99, 100, 60), 1, 12, 0.5, ("GPU 0",))
+    text = " ".join(odd.notes)
+    for part in ("50% of the processor", "1 of 5 runs off, by up to 40% slower", "GPU 0", "12 pages"):
+        assert part in text
+    assert not Samples((100, 101, 99, 100, 100), 1, 0, 0.01).notes
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "verdict"),
+    [
+        ((100, 101, 99), (100, 100, 100), "same"),
+        ((90, 91, 89), (100, 100, 100), "slower"),
+        ((90, 70, 110), (100, 100, 100), "same"),  # too noisy to tell
+        ((110, 111, 109), (100, 101, 99), "faster"),
+        ((99, 99, 99), (100, 100, 100), "same"),
+    ],
+)
+def test_a_change_beyond_the_noise(now: tuple[float, ...], before: tuple[float, ...], verdict: str) -> None:
+    assert compare(now, Earlier("", "", before)).verdict == verdict
+
+
+def test_rows_are_kept_for_the_same_test_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOCAL_HOME", str(tmp_path))
+    kept = Kept("machine", "1.0")
+    kept.keep([(row(100.0, 101.0), FILE)], "then")
+    kept.keep([(row(110.0), FILE)], "now")
+    with (user_home() / "bench.jsonl").open("ab") as file:
+        file.write(b'{"version": 1, "half a line\n[1]\n{"version":1}\n')
+    found = kept.latest(row(1.0), FILE)
+    assert found == Earlier("now", "1.0", (110.0,))
+    assert Kept("machine", "2.0").latest(row(1.0), FILE) == found  # another llama.cpp is what one wants to compare
+    assert Kept("other", "1.0").latest(row(1.0), FILE) is None
+    assert kept.latest(row(1.0), (1001, "m.gguf")) is None
+    assert kept.latest(row(1.0, test=BenchTest(0, 128)), FILE) is None
+    other = Setting(4, 4, 512, True, "f16", {"CPU": [0, 1]})
+    assert kept.latest(row(1.0, setting=other), FILE) is None
+
+
+def test_kept_rows_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOCAL_HOME", str(tmp_path))
+    monkeypatch.setattr("moelocal.measure.bench_rows._HALF_BYTES", 2000)
+    kept = Kept("machine", "1.0")
+    for i in range(30):
+        kept.keep([(row(100.0 + i), FILE)], str(i))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 8000
+    found = kept.latest(row(1.0), FILE)
+    assert found is not None and found.when == "29"
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "MOELOCAL_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "110"}
+
+
+@pytest.fixture
+def run(env: dict[str, str]) -> Run:
+    def run_(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moelocal", "bench", *args]
+        return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+    return run_
+
+
+SHORT = ("demo", "-p", "32", "-n", "8", "-r", "2")
+
+
+def test_every_combination_is_a_row(run: Run) -> None:
+    done = run(*SHORT, "-d", "0,64", "--threads", "1,2", "--repack", "on,off", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [one["test"] for one in rows[:4]] == ["pp32", "pp32 @ d64", "tg8", "tg8 @ d64"]
+    seen = {(one["test"], one["threads"], one["repack"]) for one in rows}
+    assert len(seen) == len(rows) == 16
+    for one in rows:
+        speeds = one["tokens_per_s"]
+        assert len(speeds["samples"]) == 2 and 0 < speeds["min"] <= speeds["median"] <= speeds["max"]
+        assert one["predicted_per_s"] > 0 and one["roofline_per_s"] > 0 and one["peak_ram_bytes"] > 14e6
+        assert one["expert_layers"] == {"CPU": [0, 1, 2, 3]} and one["kv_type"] == "f16"
+
+
+def test_the_formats(run: Run, tmp_path: Path) -> None:
+    table = run(*SHORT)
+    assert table.returncode == 0, table.stderr
+    assert "pp32" in table.stdout and "█" in table.stdout and "predicted" in table.stdout
+    again = run(*SHORT, "--compare")
+    assert "noise" in again.stdout
+    rows = list(csv.DictReader(io.StringIO(run(*SHORT, "--csv").stdout)))
+    assert [one["test"] for one in rows] == ["pp32", "tg8"] and float(rows[0]["median"]) > 0
+    text = run(*SHORT, "--markdown").stdout.splitlines()
+    assert "llama-cpp-python" in text[0] and text[2].startswith("demo: llama") and "| pp32 |" in text[-2]
+    picture = tmp_path / "chart.svg"
+    assert run(*SHORT, "--svg", str(picture)).returncode == 0
+    words = "".join(ET.parse(picture).getroot().itertext())
+    assert "demo, tg8" in words and "llama-cpp-python" in words
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("demo", "-p", "x"), "whole numbers"),
+        (("demo", "-p", "0", "-n", "0"), "nothing to measure"),
+        (("demo", "--threads", "0"), "whole numbers"),
+        (("demo", "--kv-type", "q3"), "does not know"),
+        (("demo", "--repack", "maybe"), "does not know"),
+        (("demo", "--json", "--csv"), "exclude each other"),
+        (("demo", "no-such-model"), "no-such-model"),
+        (("demo", "--ram", "1MiB"), "RAM"),
+        ((*SHORT, "--svg", "/no/such/folder/a.svg"), "cannot be written"),
+    ],
+)
+def test_refusals(run: Run, args: tuple[str, ...], text: str) -> None:
+    done = run(*args)
+    assert done.returncode in (1, 2) and text in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_keeps_what_was_measured(env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "moelocal", "bench", "demo", "-p", "32", "-n", "20000", "-r", "9", "--json"]
+    for delay_s in (3, 6, 12, 24):  # a busy computer may not be ready sooner
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in stderr
+        if stdout:
+            break
+    assert [one["test"] for one in json.loads(stdout)] == ["pp32"]
