@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from moelocal.paths import user_home
 
-_VERSION = 3
+_VERSION = 4
 _KEPT = 8  # identities; the oldest go
 _REPACKED = "+repack"
 _MAX_BYTES = 4 << 20
@@ -42,7 +42,7 @@ class DeviceSpeeds(NamedTuple):
     """One device. Keys of `dense` and `expert` are (ggml type name, repacked); seconds that a layer and a token cost
     beside the weights; multiplications of attention per second, one query at a time or a prompt's; values of a prompt's
     activations (tokens times the model's width) that a layer passes on per second, beside weights and attention;
-    `measured` is False for defaults."""
+    `measured` is False for defaults; bytes of the KV cache that attention reads per second."""
 
     dense: dict[tuple[str, bool], TypeSpeed]
     expert: dict[tuple[str, bool], TypeSpeed]
@@ -52,6 +52,7 @@ class DeviceSpeeds(NamedTuple):
     prefill_macs_per_s: float = 1e13
     prefill_values_per_s: float = UNLIMITED
     measured: bool = False
+    cache_bytes_per_s: float = UNLIMITED
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
@@ -156,6 +157,7 @@ def _encoded_device(device: DeviceSpeeds) -> dict[str, Any]:
         "prefill_macs_per_s": device.prefill_macs_per_s,
         "prefill_values_per_s": device.prefill_values_per_s,
         "measured": device.measured,
+        "cache_bytes_per_s": device.cache_bytes_per_s,
     }
 
 
@@ -181,6 +183,7 @@ def _decoded_device(stored: dict[str, Any]) -> DeviceSpeeds:
         prefill_macs_per_s=_amount(stored["prefill_macs_per_s"]),
         prefill_values_per_s=_amount(stored["prefill_values_per_s"]),
         measured=stored["measured"] is True,
+        cache_bytes_per_s=_amount(stored["cache_bytes_per_s"]),
     )
 
 

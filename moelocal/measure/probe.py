@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -57,6 +57,7 @@ _LEAST_BY_TOKEN = 0.5  # of a long batch's time, likewise
 _LEAST_SHARE = 0.2  # of a reading that can be the weights': noise may make the rest look longer than it is
 _ATTENTION_WEIGHTS = N_EMBD * 64 * 10  # of a base model's layer: 4 heads of q and output, one of k and v
 _FIRST, _OFTEN = 9, 3  # types: of the first pass, and of every pass
+_SHARED, _SINGLE = attention_model(2), attention_model(16)
 _CPU = "CPU"
 
 
@@ -79,7 +80,7 @@ class _Found:
     device: Device
     bases: dict[tuple[bool, int], list[Reading]] = field(default_factory=dict)  # (by expert, layers)
     types: dict[tuple[ProbeModel, bool], list[Reading]] = field(default_factory=dict)  # (model, repacked)
-    attention: list[Attention] = field(default_factory=list)
+    attention: dict[ProbeModel, list[Attention]] = field(default_factory=dict)
     plain: set[str] = field(default_factory=set)  # types that llama.cpp does not repack here
 
     def decode_line(self, by_expert: bool) -> Line:
@@ -204,7 +205,7 @@ class _Probe:
 
     def _path(self, model: ProbeModel) -> Path:
         """The file of a model, written if it is not the one that is there."""
-        path = self._folder / f"{model.kind}-{model.by_expert}-{model.n_layers}-{model.width}.gguf"
+        path = self._folder / f"{'-'.join(map(str, astuple(model)))}.gguf"
         if not path.exists():
             for old in self._folder.glob("*.gguf"):
                 old.unlink()
@@ -231,10 +232,11 @@ class _Probe:
                     else:
                         found.bases.setdefault((by_expert, n_layers), []).append(reading)
                     self._tell(0.0)
-        model = attention_model()
-        for found in self._found:
-            found.attention.append(read_attention(self._path(model), model, self._where(found.device)))
-            self._tell(0.0)
+        for model in (_SHARED, _SINGLE):
+            for found in self._found:
+                attention = read_attention(self._path(model), model, self._where(found.device))
+                found.attention.setdefault(model, []).append(attention)
+                self._tell(0.0)
 
     def _check_time(self) -> None:
         """Raises _Late when the time is up."""
@@ -306,15 +308,16 @@ class _Probe:
         )
         line = found.decode_line(True)
         read_s = _base_layer_bytes() / bandwidth
-        attention = Attention.mean(found.attention)
+        cache_bytes_per_s, decode_macs_per_s, prefill_macs_per_s = _attention(found)
         return DeviceSpeeds(
             dense=_completed(tables[False], usual.dense),
             expert=_completed(tables[True], usual.expert),
             layer_s=max(_LEAST_SHARE * line.layer_s, line.layer_s - read_s),
             token_s=max(_LEAST_SHARE * line.fixed_s, line.fixed_s - type_bytes("Q8_0", N_EMBD * N_VOCAB) / bandwidth),
-            decode_macs_per_s=attention.decode_macs_per_s,
-            prefill_macs_per_s=attention.prefill_macs_per_s,
-            prefill_values_per_s=_values_per_s(found, tables[False], attention.prefill_macs_per_s),
+            decode_macs_per_s=decode_macs_per_s,
+            prefill_macs_per_s=prefill_macs_per_s,
+            prefill_values_per_s=_values_per_s(found, tables[False], prefill_macs_per_s),
+            cache_bytes_per_s=cache_bytes_per_s,
             measured=bool(experts or dense),
         )
 
@@ -348,6 +351,18 @@ def _speed(found: _Found, model: ProbeModel, reading: Reading) -> TypeSpeed:
     held = model.held_bytes * n_working / model.n_layers
     batch_bytes_per_s = held / ready_s if ready_s > held / UNLIMITED else UNLIMITED
     return TypeSpeed(model.active_bytes / decode_s, model.weights_per_layer * n_working / token_s, batch_bytes_per_s)
+
+
+def _attention(found: _Found) -> tuple[float, float, float]:
+    """Bytes of the cache per second, multiplications per second of one query at a time, and of a prompt's.
+
+    Two models multiply as much, and one has eight times the cache: what it takes longer is reading.
+    """
+    shared, single = (Attention.mean(found.attention[model]) for model in (_SHARED, _SINGLE))
+    byte_s = max(0.0, single.decode_s - shared.decode_s) / (_SINGLE.cache_bytes - _SHARED.cache_bytes)
+    macs_s = max(_LEAST_SHARE * shared.decode_s, shared.decode_s - byte_s * _SHARED.cache_bytes)
+    macs = _SHARED.attention_macs
+    return min(UNLIMITED, 1 / byte_s if byte_s else UNLIMITED), macs / macs_s, macs / shared.prefill_s
 
 
 def _values_per_s(found: _Found, dense: dict[tuple[str, bool], TypeSpeed], macs_per_s: float) -> float:

@@ -65,6 +65,11 @@ class ProbeModel:
         return 2 * self.n_layers * self.n_head * self.head_dim
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of one position of the cache (f16 keys and values), in all layers."""
+        return 2 * 2 * self.n_layers * self.n_head_kv * self.head_dim
+
+    @property
     def weights_per_layer(self) -> int:
         """Feed-forward weights that one token uses of a layer."""
         return 3 * N_EMBD * self.width * (self.n_used if self.by_expert else 1)
@@ -108,9 +113,12 @@ def base_model(by_expert: bool, n_layers: int) -> ProbeModel:
     return ProbeModel("Q8_0", by_expert, n_layers, BASE_WIDTH, 4, 1)
 
 
-def attention_model() -> ProbeModel:
-    """Hardly any weights but many heads: the deeper the cache, the longer it takes, and only attention makes it so."""
-    return ProbeModel("Q8_0", False, _MIN_LAYERS, BASE_WIDTH, n_head=16, n_head_kv=2, head_dim=128)
+def attention_model(n_head_kv: int) -> ProbeModel:
+    """Hardly any weights but many heads: the deeper the cache, the longer it takes, and only attention makes it so.
+
+    The more of the heads have keys and values of their own, the larger the cache for the same multiplications.
+    """
+    return ProbeModel("Q8_0", False, _MIN_LAYERS, BASE_WIDTH, n_head=16, n_head_kv=n_head_kv, head_dim=128)
 
 
 def random_blocks(kind: str, n_bytes: int, seed: int = 0) -> bytes:

@@ -66,7 +66,7 @@ def mean(readings: Sequence[Reading]) -> Reading:
 
 
 class Attention(NamedTuple):
-    """Seconds of one multiplication of attention: of one query at a time, and of a prompt's."""
+    """Seconds of a query against one position of the cache, in all layers: one query at a time, and a prompt's."""
 
     decode_s: float
     prefill_s: float
@@ -75,16 +75,6 @@ class Attention(NamedTuple):
     def mean(cls, readings: Sequence[Attention]) -> Attention:
         """The mean of several readings."""
         return cls(*map(fmean, zip(*readings, strict=True)))
-
-    @property
-    def decode_macs_per_s(self) -> float:
-        """Its rate."""
-        return 1 / self.decode_s
-
-    @property
-    def prefill_macs_per_s(self) -> float:
-        """Its rate."""
-        return 1 / self.prefill_s
 
 
 def read_speed(path: Path, model: ProbeModel, where: Where, prompts: tuple[int, ...] = PROMPTS) -> Reading:
@@ -124,9 +114,8 @@ def read_attention(path: Path, model: ProbeModel, where: Where) -> Attention:
         for end in (2 * step, 3 * step):
             _run_text(session, noise, text[:end], 1)
         last_s, deep = _run_text(session, noise, text, _DECODES)
-    macs = float(model.attention_macs * 3 * step)
     decode_s = max(_LEAST_MORE * median(deep), median(deep) - median(shallow))
-    return Attention(decode_s / macs, max(_LEAST_MORE * last_s, last_s - first_s) / (macs * step))
+    return Attention(decode_s / (3 * step), max(_LEAST_MORE * last_s, last_s - first_s) / (3 * step * step))
 
 
 def _plan(model: ProbeModel, where: Where, n_ctx: int) -> Plan:

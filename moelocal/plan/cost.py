@@ -196,7 +196,7 @@ class Costs:
         """Queries against the cache: read once per token of decode, multiplied with every query in a prompt, which is
         the newest part of the `n_depth` tokens."""
         speeds, work = self._speeds[name], self.work
-        kv_read = cache_bytes(layer, work.n_depth, work.kv_type) / speeds.bandwidth_bytes_per_s
+        held = cache_bytes(layer, work.n_depth, work.kv_type)
         macs = self.facts.attention_macs(layer.index)
         pairs = work.n_prompt * (max(0, work.n_depth - work.n_prompt) + work.n_prompt / 2)
         if layer.kv_window:
@@ -204,7 +204,8 @@ class Costs:
         share = self._share_of_cores(name)
         seen = min(work.n_depth, layer.kv_window or work.n_depth)
         decode_macs = self.facts.attention_macs(layer.index, _LEAST_HEAD_MACS)
-        decode = max(kv_read, decode_macs * seen / (speeds.decode_macs_per_s * share))
+        by_head = held / speeds.cache_bytes_per_s + decode_macs * seen / speeds.decode_macs_per_s
+        decode = max(held / speeds.bandwidth_bytes_per_s, by_head / share)
         return Seconds(decode, macs * pairs / (speeds.prefill_macs_per_s * share), 0.0)
 
     def output(self, name: str) -> Seconds:
