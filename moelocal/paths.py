@@ -50,6 +50,11 @@ def hub_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "huggingface" / "hub"
 
 
+def tuned_file(model: Path) -> Path:
+    """Where is kept what tuning found best for this model file."""
+    return user_home() / "tuned" / runs_file(model).with_suffix(".json").name
+
+
 def runs_file(model: Path) -> Path:
     """Where is kept what was measured when this model file ran. Other files of its name and checksum may share it."""
     import zlib

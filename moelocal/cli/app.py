@@ -32,6 +32,7 @@ COMMANDS = {
     "chat": "chat",
     "plan": "plan",
     "bench": "bench",
+    "tune": "tune",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""

@@ -157,8 +157,8 @@ def bench(
     if sum((as_json, output.csv, output.markdown)) > 1:
         raise BadRequest("--json, --csv and --markdown exclude each other.", "Give one of them.")
     guard()
-    subjects = [_subject(model) for model in models]
-    machine = _machine(settings.rpc or (), verbose)
+    subjects = [subject_of(model) for model in models]
+    machine = machine_with(settings.rpc or (), verbose)
     if not any(speeds.measured for speeds in machine.speeds.devices.values()):
         note("Predicted speeds and rooflines are estimates until this machine is measured: moelocal doctor --probe")
     plans = [(subject, _plans(subject, machine, requests, wanted)) for subject in subjects]
@@ -179,7 +179,12 @@ def bench(
     show(results, machine, output, as_json)
 
 
-def _subject(reference: str) -> Subject:
+def subject_of(reference: str) -> Subject:
+    """A model that is here.
+
+    Raises:
+        MoelocalError: it is not, or is damaged.
+    """
     from moelocal.cli.messages import note
     from moelocal.model.facts import read_facts
     from moelocal.model.header import read_header
@@ -190,7 +195,8 @@ def _subject(reference: str) -> Subject:
     return Subject(reference, path, header, read_facts(header))
 
 
-def _machine(workers: Sequence[str], verbose: bool) -> Machine:
+def machine_with(workers: Sequence[str], verbose: bool) -> Machine:
+    """This machine and workers, without measuring it first."""
     from moelocal.engine import llama, rpc
     from moelocal.machine.hardware import detect
 
@@ -210,11 +216,13 @@ def _plans(
     Raises:
         OutOfMemory: it would not fit.
     """
+    from moelocal.cli.opening import tuned
     from moelocal.plan.planner import make_plan
 
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     n_ctx = max(512, -(-n_ctx // 256) * 256)
-    return [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx)) for request in requests]
+    best = (tuned(request, subject.path, machine) for request in requests)
+    return [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx)) for request in best]
 
 
 class _Bench:
@@ -233,7 +241,7 @@ class _Bench:
         session: Session | None = None
         try:
             for i, plan in enumerate(plans):
-                if session is not None and _same_weights(session.plan, plan):
+                if session is not None and session.plan.weights == plan.weights:
                     session.run_as(plan)
                 else:
                     if session is not None:
@@ -314,16 +322,6 @@ class _Bench:
 
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._kept.keep(((result.row, result.subject.file) for result in results), when)
-
-
-def _same_weights(one: Plan, other: Plan) -> bool:
-    """Whether two plans differ in nothing that is settled when weights are loaded."""
-    return (one.placement, one.repack, one.load_mode, one.no_host) == (
-        other.placement,
-        other.repack,
-        other.load_mode,
-        other.no_host,
-    )
 
 
 def _words(name: str, text: str | None, allowed: Sequence[str]) -> list[str]:

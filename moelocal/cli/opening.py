@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelocal.cli.screen import is_dumb
 from moelocal.errors import BadRequest, MoelocalError, OutOfMemory
-from moelocal.paths import runs_file
+from moelocal.paths import runs_file, tuned_file
 
 if TYPE_CHECKING:
     from moelocal.cli.options import Generation, Placement
@@ -102,6 +102,7 @@ def open_model(
     interrupt.close()
     if interrupt.is_set():
         raise KeyboardInterrupt
+    request = tuned(request, path, machine)
     meanwhile = threading.Thread(target=_import_what_follows, args=(raw,))
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
         loader = _Loader(path, header, bar, one_shot, meanwhile)
@@ -121,6 +122,20 @@ def open_model(
     prompter = make_prompter(header.metadata, raw, session.token_text)
     meter = Meter(path, machine, session)
     return Opened(reference, facts, machine, request, session.plan, session, prompter, meter, history)
+
+
+def tuned(request: PlanRequest, path: Path, machine: Machine) -> PlanRequest:
+    """The request with what `moelocal tune` found for this model here, where nothing else is asked for."""
+    try:
+        if not tuned_file(path).exists():
+            return request
+    except BadRequest:
+        return request
+    from moelocal.engine import llama
+    from moelocal.machine.hardware import identity
+    from moelocal.measure.tuned import with_tuned
+
+    return with_tuned(request, path, identity(machine.cpu, machine.devices, llama.version()))
 
 
 def known(path: Path, facts: ModelFacts, machine: Machine) -> Calibration | None:

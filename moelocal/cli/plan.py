@@ -29,7 +29,7 @@ def plan(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show where a model would go: memory per device, predicted speed, why, and what else there is."""
-    from moelocal.cli.opening import known
+    from moelocal.cli.opening import known, tuned
     from moelocal.model.facts import read_facts
     from moelocal.plan.alternatives import with_alternatives
     from moelocal.plan.planner import make_plan
@@ -44,7 +44,9 @@ def plan(
     if machine is not None and placement.rpc:
         raise BadRequest("--machine and --rpc exclude each other.", "Describe the other machine's memory with gpu=.")
     here = _described(machine) if machine is not None else present(facts, placement, verbose)
-    history = known(path, facts, here) if machine is None and path is not None else None
+    history = None
+    if machine is None and path is not None:
+        history, request = known(path, facts, here), tuned(request, path, here)
     chosen = with_alternatives(facts, here, request, make_plan(facts, here, request, history), history)
     if as_json:
         print(json.dumps(chosen.as_json(facts), ensure_ascii=False))

@@ -127,8 +127,11 @@ class Session(Vocabulary):
             self._n_ctx = n_ctx
 
     def run_as(self, plan: Plan) -> None:
-        """Goes on with another plan for the same weights in the same places; the cache is lost."""
-        self._close_context()
+        """Goes on with another plan for the same weights in the same places; the cache stays if only threads differ."""
+        if self._context and plan.context == self.plan.context:
+            self._low.llama_set_n_threads(self._context, plan.threads, plan.threads_batch or plan.threads)
+        else:
+            self._close_context()
         self.plan, self._n_ctx = plan, plan.n_ctx
 
     def open(self) -> None:

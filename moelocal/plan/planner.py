@@ -90,6 +90,16 @@ class Plan:
         return self.disk_bytes + sum(use.total_bytes for use in self.per_device)
 
     @property
+    def weights(self) -> tuple[Any, ...]:
+        """Equal for plans that load the weights alike, into the same places."""
+        return self.placement, self.n_gpu_layers, self.repack, self.load_mode, self.no_host
+
+    @property
+    def context(self) -> tuple[Any, ...]:
+        """Equal for plans of one way to load whose contexts are alike, whatever their threads."""
+        return self.weights, self.n_ctx, self.kv_type, self.n_ubatch, self.flash_attn
+
+    @property
     def setting(self) -> Setting | None:
         """What the cost model and llama.cpp's flags need of it."""
         if self.placement is None:
@@ -97,6 +107,11 @@ class Plan:
         return Setting(
             self.placement, self.n_ctx, self.kv_type, self.n_ubatch, self.threads, self.repack, self.load_mode
         )
+
+    def _tuned_args(self) -> list[str]:
+        """llama.cpp's flags for what only measuring tells."""
+        args = ["-tb", str(self.threads_batch)] if self.threads_batch else []
+        return args if self.flash_attn is None else [*args, "-fa", "on" if self.flash_attn else "off"]
 
     def expert_layers(self, facts: ModelFacts) -> dict[str, list[int]]:
         """Layers with routed experts, by the device that holds them; a layer in parts counts where most of it is."""
@@ -126,6 +141,8 @@ class Plan:
             "kv_type": self.kv_type,
             "n_ubatch": self.n_ubatch,
             "threads": self.threads,
+            "threads_batch": self.threads_batch or self.threads,
+            "flash_attn": self.flash_attn,
             "repack": self.repack,
             "load_mode": self.load_mode,
             "devices": [
@@ -143,7 +160,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "expert_layers": self.expert_layers(facts),
             "overrides": [{"pattern": pattern, "device": name} for pattern, name in self.overrides],
-            "llama_args": [] if setting is None else llama_args(setting, dict(self.workers)),
+            "llama_args": [] if setting is None else [*llama_args(setting, dict(self.workers)), *self._tuned_args()],
             "predicted": _speeds_json(self.predicted),
             "measured": _speeds_json(self.measured),
             "reasons": list(self.reasons),
@@ -185,7 +202,12 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
     if request.kv_type and not facts.fits_kv_type(request.kv_type):
         raise BadRequest(f"{facts.name} cannot keep its KV cache as {request.kv_type}.", "Leave --kv-type out.")
     here, turn = bounded(machine, request), turn_of(request)
-    best = _grown(facts, here, request, turn, _chosen(facts, here, request, turn, history))
+    try:
+        best = _grown(facts, here, request, turn, _chosen(facts, here, request, turn, history))
+    except OutOfMemory:
+        if not request.tuned:
+            raise
+        return make_plan(facts, machine, request.untuned(), history)  # there was more memory when it was tuned
     setting, left = best.setting, ram_left(here, best.uses)
     kept = min(best.uses[CPU].weights_bytes, max(0, left))
     disk_bytes = best.uses[CPU].weights_bytes - kept

@@ -63,7 +63,8 @@ def _placement(facts: ModelFacts, here: Machine, request: PlanRequest, placement
     if moe and not away:
         yield "All routed experts fit there too"
     elif moe:
-        chosen = ", as asked" if request.experts_on_cpu is not None else ": the GPU memory that was left"
+        is_given = request.experts_on_cpu is not None
+        chosen = f", {request.source('experts_on_cpu')}" if is_given else ": the GPU memory that was left"
         yield f"Routed experts of {len(moe) - len(away)} layers are on the GPU{chosen}; {len(away)} layers' are in RAM"
     if placement.parts:
         yield f"One more layer's experts are there in part ({len(placement.parts)} tensors)"
@@ -82,7 +83,7 @@ def _context(facts: ModelFacts, request: PlanRequest, setting: Setting) -> Itera
     else:
         yield f"{setting.n_ctx:,} tokens of context, usual for {request.objective}"
     if request.kv_type is not None:
-        yield f"KV cache as {setting.kv_type}, as asked"
+        yield f"KV cache as {setting.kv_type}, {request.source('kv_type')}"
     elif setting.kv_type != "f16":
         yield (
             f"KV cache as {setting.kv_type}: about half the memory, which holds more experts on the GPU, at little "
@@ -104,7 +105,10 @@ def _running(
             "fewer batches are faster"
         )
     if uses[CPU].weights_bytes > facts.embedding_bytes and not disk_bytes:
-        if setting.repack:
+        if request.repack is not None:
+            how = "repacked for the CPU" if setting.repack else "not repacked"
+            yield f"Weights in RAM are {how}, {request.source('repack')}"
+        elif setting.repack:
             yield "Weights in RAM are repacked for the CPU: RAM holds the copy, and it pays for the time to load"
         elif request.one_shot:
             yield "Weights are mapped, not repacked: for one answer that takes longer than it saves"
@@ -112,4 +116,9 @@ def _running(
             yield "Weights in RAM are loaded, not mapped: the GPU copies them faster (not confirmed on a GPU)"
         else:
             yield "Weights in RAM are mapped, not repacked: RAM does not hold the copy, or it would not pay"
-    yield f"{setting.threads} threads, as asked" if request.threads else f"{setting.threads} threads: one per core"
+    threads = f"{setting.threads} {'thread' if setting.threads == 1 else 'threads'}"
+    yield f"{threads}, {request.source('threads')}" if request.threads else f"{threads}: one per core"
+    if request.threads_batch:
+        yield f"For prompts {request.threads_batch} of them, {request.source('threads_batch')}"
+    if request.flash_attn is not None:
+        yield f"Flash attention {'on' if request.flash_attn else 'off'}, {request.source('flash_attn')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moelocal.errors import BadRequest
 from moelocal.machine.hardware import Device, Machine
@@ -21,7 +21,8 @@ _MARGIN_BYTES, _MARGIN_SHARE, _MARGIN_MOST = 256 << 20, 0.03, 512 << 20
 class PlanRequest:
     """What the user asked for; None leaves the choice to the planner. Budgets mean: at most this much. `gpu_bytes` are
     (device name, bytes), the name None for every GPU. `one_shot`: one answer, so the time to load counts in full.
-    `threads_batch` are those for prompts, `threads` where None; `flash_attn` None: llama.cpp's own choice."""
+    `threads_batch` are those for prompts, `threads` where None; `flash_attn` None: llama.cpp's own choice. `tuned` are
+    the fields that measuring gave, not the user."""
 
     n_ctx: int | None = None
     kv_type: KVType | None = None
@@ -36,6 +37,16 @@ class PlanRequest:
     repack: bool | None = None
     threads_batch: int | None = None
     flash_attn: bool | None = None
+    tuned: tuple[str, ...] = ()
+
+    def untuned(self) -> PlanRequest:
+        """The same without what measuring gave."""
+        nothing: dict[str, Any] = dict.fromkeys(self.tuned)
+        return replace(self, tuned=(), **nothing)
+
+    def source(self, field: str) -> str:
+        """Who chose a field that is given, for the end of a sentence."""
+        return "as moelocal tune found" if field in self.tuned else "as asked"
 
 
 class Turn(NamedTuple):

@@ -1,0 +1,80 @@
+"""Which of two things is faster, on a computer whose speed changes by itself: they take turns, and pairs count. Pure.
+
+ratio = duel(first, second, most_pairs=7)        # seconds of the second over those of the first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from statistics import fmean, median, stdev
+from typing import NamedTuple
+
+_LEAST_PAIRS = 3
+_SURE = 2.0  # standard errors
+_CLEAR = 0.25  # two pairs that both differ by so much in one direction need no third
+
+
+class Ratio(NamedTuple):
+    """The median of the pairs' ratios, and how far it may be off (one standard error of the mean)."""
+
+    value: float
+    error: float
+    n_pairs: int
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the second is slower, beyond the noise."""
+        return self.value - 1 > _SURE * self.error
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the second is faster, beyond the noise."""
+        return 1 - self.value > _SURE * self.error
+
+
+def duel(
+    first: Callable[[], float],
+    second: Callable[[], float],
+    most_pairs: int,
+    least_gain: float = 0.01,
+    may_go_on: Callable[[], bool] = lambda: True,
+) -> Ratio:
+    """Seconds of the second over seconds of the first, in pairs that take turns at going first.
+
+    Ends when one is faster beyond the noise, or when neither can be by `least_gain` any more.
+
+    Args:
+        first, second: measure once, and return seconds.
+        most_pairs: at most.
+        least_gain: a smaller difference does not matter.
+        may_go_on: asked before each pair but the first; False ends it.
+    """
+    ratios: list[float] = []
+    while len(ratios) < most_pairs and not _is_settled(ratios, least_gain):
+        if ratios and not may_go_on():
+            break
+        if len(ratios) % 2:
+            other, one = second(), first()
+        else:
+            one, other = first(), second()
+        ratios.append(other / one)
+    return ratio_of(ratios)
+
+
+def _is_settled(ratios: Sequence[float], least_gain: float) -> bool:
+    """Whether another pair would change nothing."""
+    if len(ratios) < 2:
+        return False
+    found = ratio_of(ratios)
+    if len(ratios) < _LEAST_PAIRS:
+        return min(ratios) > 1 + _CLEAR or max(ratios) < 1 - _CLEAR
+    is_close = abs(found.value - 1) + _SURE * found.error < least_gain
+    return found.is_slower or found.is_faster or is_close
+
+
+def ratio_of(ratios: Sequence[float]) -> Ratio:
+    """The median, and the standard error of the mean; of one pair alone nothing is certain."""
+    if len(ratios) < 2:
+        return Ratio(ratios[0], abs(ratios[0] - 1), 1)
+    return Ratio(median(ratios), max(stdev(ratios) / sqrt(len(ratios)), 0.002 * fmean(ratios)), len(ratios))
