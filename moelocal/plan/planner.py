@@ -141,8 +141,6 @@ class Plan:
             "kv_type": self.kv_type,
             "n_ubatch": self.n_ubatch,
             "threads": self.threads,
-            "threads_batch": self.threads_batch or self.threads,
-            "flash_attn": self.flash_attn,
             "repack": self.repack,
             "load_mode": self.load_mode,
             "devices": [
