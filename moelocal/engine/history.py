@@ -115,8 +115,8 @@ def _file(path: Path) -> list[int]:
 def _machine(machine: Machine, setting: Setting) -> str:
     """What speeds depend on, and which other machines take part."""
     used = {*setting.placement.layers, *setting.placement.experts, setting.placement.output}
-    workers = [f"{d.name}={d.description}" for d in machine.devices if d.kind == "rpc" and d.name in used]
-    return " | ".join([identity(machine.cpu, machine.devices, llama.version()), *workers])
+    devices = tuple(device for device in machine.devices if device.kind != "rpc" or device.name in used)
+    return identity(machine.cpu, devices, llama.version())
 
 
 def _encoded(run: Run) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def detect(
         features=cpu_features(here) if whole else (),
         performance_cores=cores.performance,
     )
-    measured = load_speeds(identity(cpu, devices, engine)) if engine else None
+    measured = None
+    if engine:
+        local = tuple(device for device in devices if device.kind != "rpc")
+        measured = load_speeds(identity(cpu, devices, engine)) or load_speeds(identity(cpu, local, engine))
     space = read_space(hub_folder()) if whole else None
     disk = Disk(
         str(space.folder) if space else "",
@@ -114,6 +117,7 @@ def detect(
 
 
 def identity(cpu: Cpu, devices: tuple[Device, ...], engine: str) -> str:
-    """What measured speeds depend on: the processor and how many cores are used, the graphics cards, the engine."""
-    cards = [f"{device.name}={device.description}" for device in devices if device.kind == "gpu"]
+    """What measured speeds depend on: the processor and how many cores are used, the graphics cards, workers
+    elsewhere, the engine."""
+    cards = [f"{device.name}={device.description}" for device in devices if device.kind != "cpu"]
     return " | ".join([f"{cpu.name} x{cpu.cores}", *cards, f"llama-cpp-python {engine}"])
