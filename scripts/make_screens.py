@@ -1,6 +1,6 @@
 """Takes the README's pictures: runs the real program in a terminal of its own and saves the screen as SVG.
 
-usage: python scripts/make_screens.py [OUT_DIR]     (default: docs/screens)
+usage: python scripts/make_screens.py [OUT_DIR] [--only NAME ...]     (default: all of them, to docs/screens)
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ SCENES = (
         columns=110,
         rows=52,
     ),
+    Scene("bench", "moelocal bench demo --depth 0,1024 --threads 1,2", columns=104),
+    Scene("experts", "moelocal experts demo", columns=100, rows=48),
+    Scene("eval", "moelocal eval demo --kv-type q4_0 --reference demo", columns=100),
     Scene("errors", 'moelocal run demo "Who are you?" --max-tokens 0; moelocal run qwen.gguf hello'),
 )
 
@@ -149,12 +152,14 @@ def main() -> None:
     """Takes every picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "screens")
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="+", choices=[scene.name for scene in SCENES], default=None)
+    args = parser.parse_args()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model = REAL["qwen3-30b-a3b"]()  # its header only: no weights are needed to plan
         write_gguf(Path(folder) / "Qwen3-30B-A3B-Q4_K_M.gguf", model.arch, model.keys, model.header.tensors)
-        for scene in SCENES:
+        for scene in [scene for scene in SCENES if args.only is None or scene.name in args.only]:
             (out / f"{scene.name}.svg").write_text(as_svg(play(scene, Path(folder)), "moelocal"))
             print(out / f"{scene.name}.svg")
 

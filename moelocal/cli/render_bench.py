@@ -68,7 +68,7 @@ def _settings(result: Result, results: Sequence[Result]) -> str:
     mine, parts = result.row.setting, []
     if len({(one.threads, one.threads_batch) for one in all_of}) > 1:
         both = mine.threads == mine.threads_batch
-        parts.append(f"{mine.threads} threads" if both else f"{mine.threads}+{mine.threads_batch} threads")
+        parts.append(_threads(mine.threads) if both else f"{mine.threads}+{mine.threads_batch} threads")
     if len({one.n_ubatch for one in all_of}) > 1:
         parts.append(f"ubatch {mine.n_ubatch:,}")
     if len({one.repack for one in all_of}) > 1:
@@ -78,6 +78,10 @@ def _settings(result: Result, results: Sequence[Result]) -> str:
     if len({_in_ram(one.row) for one in results}) > 1:
         parts.append(f"experts of {_in_ram(result.row)} layers in RAM")
     return ", ".join(parts)
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread" if n == 1 else f"{n} threads"
 
 
 def _in_ram(row: Any) -> int:
@@ -140,7 +144,7 @@ def _setting_line(results: Sequence[Result]) -> str:
     parts = []
     if len({(its.threads, its.threads_batch) for its in all_of}) == 1:
         more = f" ({one.threads_batch} for prompts)" if one.threads_batch != one.threads else ""
-        parts.append(f"{one.threads} threads{more}")
+        parts.append(_threads(one.threads) + more)
     if len({its.n_ubatch for its in all_of}) == 1:
         parts.append(f"ubatch {one.n_ubatch:,}")
     if len({its.kv_type for its in all_of}) == 1:
@@ -234,7 +238,8 @@ def markdown(results: Sequence[Result], machine: Machine) -> str:
 
 
 def chart(results: Sequence[Result], machine: Machine) -> Svg:
-    """Bars for every row; a mark where the roofline is."""
+    """Bars for every row, prompts first; a mark where the roofline is, if it is in the picture."""
+    results = sorted(results, key=lambda result: not result.row.test.n_prompt)
     top = 58
     svg = Svg(_LEFT + _CHART + _RIGHT, top + len(results) * _ROW + 34, "Tokens per second")
     svg.words(16, 26, "Tokens per second", 17)
