@@ -31,6 +31,7 @@ COMMANDS = {
     "run": "run",
     "chat": "chat",
     "plan": "plan",
+    "eval": "evaluate",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""
