@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moelocal.measure.logits_file import SavedLogits
 
 _MOST_TEXT_BYTES = 1 << 30
+_CLIPPED_SHARE = 0.001
 _WIKITEXT = "wikitext-2-raw-v1.zip of ggml-org/ci on huggingface.co has wiki.test.raw, which published figures use"
 
 
@@ -210,6 +211,12 @@ def meaning(result: Result, name: str) -> str:
             f"{result.tally.perplexity:.3g}; lower is better, and only figures on the same text compare."
         )
     share = result.distance.agreement[0]
+    if result.distance.n_clipped > _CLIPPED_SHARE * result.distance.count:
+        clipped = result.distance.n_clipped / result.distance.count
+        return (
+            f"{name} keeps {share:.1%} of the reference's first choices. Its perplexity does not compare: to the "
+            f"reference {clipped:.1%} of the tokens are less likely than this file can say; give the model itself."
+        )
     ratio, error = result.ratio
     change = f"{abs(ratio - 1):.2%} {'higher' if ratio > 1 else 'lower'}"
     if abs(ratio - 1) <= 2 * error:

@@ -217,7 +217,7 @@ def _run(task: Task, session: Session, text: Text, reference: Reference | None) 
         shown = stack.enter_context(_progress(text.layout, checkpoint.state, task.verbose))
         result = run(session, text, checkpoint, reference, writer, shown)
         if writer is not None:
-            writer.finish()
+            writer.finish(checkpoint.tokens()[:, 0])
         checkpoint.remove()
     return result
 

@@ -1,7 +1,7 @@
 """An evaluation under way, kept after each chunk: an interrupted one goes on and gives the same result to the bit.
 
-In `user_home()/eval/`: KEY.json holds the sums, KEY.kl the divergence of every token as float32 (their quantiles need
-all of them: 4 bytes a token), KEY.logits the reference's saved logits where both models do not fit at once. The key
+In `user_home()/eval/`: KEY.json holds the sums, KEY.tokens two float32 for every token: -ln p, and its divergence
+(quantiles need all of them), KEY.logits the reference's saved logits where both models do not fit at once. The key
 stands for everything that the result depends on. All of it is removed when the evaluation is complete, or has lain for
 two weeks.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moelocal.measure.perplexity import Doubles, Floats
 
 _STALE_S = 14 * 24 * 3600
-_FLOAT_BYTES = 4
+_TOKEN_BYTES = 8
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Checkpoint:
             MoelocalError: the folder cannot be written, or another process is at this very evaluation.
         """
         folder = eval_folder()
-        self._json, self._values = folder / f"{key}.json", folder / f"{key}.kl"
+        self._json, self._values = folder / f"{key}.json", folder / f"{key}.tokens"
         self._compares = compares
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,34 +91,34 @@ class Checkpoint:
             state = State(int(kept["n_done"]), Tally(**kept["tally"]), distance)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        has_values = os.fstat(self._file.fileno()).st_size >= _FLOAT_BYTES * state.tally.count
-        return state if has_values or not self._compares else None
+        has_values = os.fstat(self._file.fileno()).st_size >= _TOKEN_BYTES * state.tally.count
+        return state if has_values else None
 
-    def keep(self, kl: Doubles | None) -> None:
-        """Keeps the state after a chunk, with the divergences of its tokens.
+    def keep(self, nll: Doubles, kl: Doubles | None) -> None:
+        """Keeps the state after a chunk, with -ln p and the divergences of its tokens.
 
         Raises:
             MoelocalError: the disk is full.
         """
+        import numpy as np
+
+        pairs = np.stack((nll, np.zeros_like(nll) if kl is None else kl), axis=1)
         try:
-            if kl is not None:
-                self._file.seek(_FLOAT_BYTES * (self.state.tally.count - len(kl)))
-                self._file.write(kl.astype("<f4").tobytes())
-                self._file.flush()
+            self._file.seek(_TOKEN_BYTES * (self.state.tally.count - len(nll)))
+            self._file.write(pairs.astype("<f4").tobytes())
+            self._file.flush()
             new = self._json.with_suffix(".new")
             new.write_text(json.dumps(asdict(self.state)))
             os.replace(new, self._json)
         except OSError as error:
             raise self._failed(error) from error
 
-    def divergences(self) -> Floats:
-        """All of them, sorted: float32[count]."""
+    def tokens(self) -> Floats:
+        """-ln p and divergence of every token: float32[count, 2]."""
         import numpy as np
 
         self._file.seek(0)
-        values = np.fromfile(self._file, "<f4", self.state.tally.count)
-        values.sort()
-        return values
+        return np.fromfile(self._file, "<f4", 2 * self.state.tally.count).reshape(-1, 2)
 
     def remove(self) -> None:
         """The evaluation is complete."""

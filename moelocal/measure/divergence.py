@@ -1,8 +1,9 @@
 """What a change to a model cost: its distribution of the next token against that of a reference, on the same text.
 
 The reference's log-probabilities are those of llama-perplexity's saved logits: 16 bits each, over the 16 nats below the
-likeliest token; what is below e^-16 counts as nothing. KL divergence is sum p_ref (ln p_ref - ln p), in nats: what the
-reference would lose if the model spoke for it. Quantiles are interpolated between neighbours.
+likeliest token; what is below e^-16 counts as nothing. Of the text's own tokens the exact -ln p is taken where it is
+known: less likely ones would make the reference look better than it is. KL divergence is sum p_ref (ln p_ref - ln p),
+in nats: what the reference would lose if the model spoke for it. Quantiles are interpolated between neighbours.
 
 Source: llama.cpp 0c1e57098, tools/perplexity/perplexity.cpp: log_softmax() with uint16_t, kl_divergence().
 """
@@ -54,27 +55,41 @@ def encode(logits: Floats, log_sum: Doubles) -> Words:
     return words
 
 
+class Saved(NamedTuple):
+    """The reference's rows: uint16[n, row_words], and -ln p of their targets: float32[n]; None: only the rows tell."""
+
+    words: Words
+    nll: Floats | None
+
+    def part(self, rows: slice) -> Saved:
+        """Some of the rows."""
+        return Saved(self.words[rows], None if self.nll is None else self.nll[rows])
+
+
 class Shifts(NamedTuple):
     """Of each row: KL divergence; -ln p of the target by the reference; its p by the model less that by the reference;
-    whether both have the same likeliest token."""
+    whether both have the same likeliest token; whether the reference's p of the target is only known to be less."""
 
     kl: Doubles
     nll_base: Doubles
     p_diff: Doubles
     is_same: NDArray[np.bool_]
+    is_clipped: NDArray[np.bool_]
 
 
-def compare(logits: Floats, scores: Scores, words: Words, targets: Tokens) -> Shifts:
+def compare(logits: Floats, scores: Scores, reference: Saved, targets: Tokens) -> Shifts:
     """Compares rows of logits: float32[n, n_vocab] and their scores with the reference's saved rows."""
     import numpy as np
 
     n_rows, n_vocab = logits.shape
+    words, at = reference.words, np.arange(n_rows)
     head = np.ascontiguousarray(words[:, :HEAD_WORDS]).view("<f4")
     saved = words[:, HEAD_WORDS : HEAD_WORDS + n_vocab]
     base = saved.astype(np.float32)
     base *= head[:, :1]
     base += head[:, 1:]
-    nll_base = -base[np.arange(n_rows), targets].astype(np.float64)
+    nll_base = (-base[at, targets] if reference.nll is None else reference.nll).astype(np.float64)
+    is_clipped = (saved[at, targets] == 0) & (head[:, 0] > 0) & (reference.nll is None)
     difference = base - logits
     difference += scores.log_sum.astype(np.float32)[:, None]
     counts = base > np.float32(-RANGE_NATS)
@@ -83,7 +98,7 @@ def compare(logits: Floats, scores: Scores, words: Words, targets: Tokens) -> Sh
     base *= difference
     kl = base.sum(axis=1, dtype=np.float64)
     p_diff = np.exp(-scores.nll) - np.exp(-nll_base)
-    return Shifts(kl, nll_base, p_diff, saved.argmax(axis=1) == scores.best)
+    return Shifts(kl, nll_base, p_diff, saved.argmax(axis=1) == scores.best, is_clipped)
 
 
 @dataclass(slots=True)
@@ -99,6 +114,7 @@ class Distance:
     p_diff2: float = 0.0
     p_diff4: float = 0.0
     n_same: int = 0
+    n_clipped: int = 0
 
     def add(self, nll: Doubles, shifts: Shifts) -> None:
         """Takes what was found of some tokens."""
@@ -111,6 +127,7 @@ class Distance:
         self.p_diff2 += float((shifts.p_diff**2).sum())
         self.p_diff4 += float((shifts.p_diff**4).sum())
         self.n_same += int(shifts.is_same.sum())
+        self.n_clipped += int(shifts.is_clipped.sum())
 
     @property
     def kl_mean(self) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from moelocal.engine.logits import Rows, chunk_logits, vocab_of
 from moelocal.errors import MoelocalError
 from moelocal.measure.checkpoint import Checkpoint, State
-from moelocal.measure.divergence import Distance, Shifts, compare, encode, quantile
-from moelocal.measure.perplexity import Layout, Scores, Tally, blocks, score
+from moelocal.measure.divergence import Distance, Saved, Shifts, compare, encode, quantile
+from moelocal.measure.perplexity import Layout, Tally, blocks, score
 
 if TYPE_CHECKING:
     from array import array
@@ -40,8 +40,8 @@ class Text(NamedTuple):
 class Reference(Protocol):
     """Where the reference's log-probabilities come from."""
 
-    def rows(self, chunk: int, start: int, n: int) -> Words:
-        """Rows `start` to `start + n - 1` of a chunk's scored positions, in the order of the text."""
+    def rows(self, chunk: int, start: int, targets: list[int]) -> Saved:
+        """Rows of a chunk's scored positions, from `start` on, one for each target; in the order of the text."""
         ...
 
 
@@ -111,24 +111,28 @@ def run(
         KeyboardInterrupt: Ctrl-C; the checkpoint has the chunks that were complete.
         MoelocalError: llama.cpp failed, gave no numbers, or a disk is full.
     """
+    import numpy as np
+
     state, layout, begin = checkpoint.state, text.layout, time.perf_counter()
     bos = vocab_of(session).bos
     with ThreadPoolExecutor(session.plan.threads) as pool:
         work = _Work(pool, writer)
         for index in range(state.n_done, layout.n_chunks):
             targets = layout.targets(text.tokens, index)
-            kl: list[Doubles] = []
+            nlls: list[Doubles] = []
+            kls: list[Doubles] = []
             tokens = layout.chunk(text.tokens, index, bos)
             found = []
             for rows in chunk_logits(session, tokens, layout.wanted):
                 at = rows.start - layout.first
-                base = reference.rows(index, at, rows.n) if reference else None
-                found.append(work.take(rows, targets[at : at + rows.n], base))
+                wanted = targets[at : at + rows.n]
+                found.append(work.take(rows, wanted, reference.rows(index, at, wanted) if reference else None))
             for nll, shifts in found:
                 state.tally.add(nll)
+                nlls.append(nll)
                 if shifts is not None and state.distance is not None:
                     state.distance.add(nll, shifts)
-                    kl.append(shifts.kl)
+                    kls.append(shifts.kl)
             if not math.isfinite(state.tally.nll):
                 raise MoelocalError(
                     f"The model gives no usable numbers in chunk {index + 1:,} (NaN or infinity).",
@@ -137,20 +141,14 @@ def run(
             state.n_done = index + 1
             if writer is not None:
                 writer.flush()
-            checkpoint.keep(_joined(kl))
+            checkpoint.keep(np.concatenate(nlls), np.concatenate(kls) if kls else None)
             if report is not None:
                 report(state)
     quantiles = {}
     if state.distance is not None:
-        values = checkpoint.divergences()
+        values = np.sort(checkpoint.tokens()[:, 1])
         quantiles = {name: quantile(values, fraction) for name, fraction in _QUANTILES.items()}
     return Result(layout, state.tally, state.distance, quantiles, time.perf_counter() - begin, work.seconds)
-
-
-def _joined(parts: list[Doubles]) -> Doubles | None:
-    import numpy as np
-
-    return np.concatenate(parts) if parts else None
 
 
 class _Work:
@@ -160,7 +158,7 @@ class _Work:
         self._pool, self._writer = pool, writer
         self.seconds = 0.0
 
-    def take(self, rows: Rows, targets: list[int], base: Words | None) -> tuple[Doubles, Shifts | None]:
+    def take(self, rows: Rows, targets: list[int], base: Saved | None) -> tuple[Doubles, Shifts | None]:
         """Scores, compares and writes one batch's rows."""
         import numpy as np
 
@@ -170,7 +168,7 @@ class _Work:
 
         def one(part: slice) -> tuple[Doubles, Shifts | None, Words | None]:
             scores = score(logits[part], wanted[part])
-            shifts = None if base is None else compare(logits[part], scores, base[part], wanted[part])
+            shifts = None if base is None else compare(logits[part], scores, base.part(part), wanted[part])
             return scores.nll, shifts, encode(logits[part], scores.log_sum) if self._writer else None
 
         nll: list[Doubles] = []
@@ -201,7 +199,7 @@ class LiveReference:
         self._bos = vocab_of(session).bos
         self._batches: Iterator[Rows] = iter(())
 
-    def rows(self, chunk: int, start: int, n: int) -> Words:
+    def rows(self, chunk: int, start: int, targets: list[int]) -> Saved:
         """See `Reference`. Both models must compute batches of the same size.
 
         Raises:
@@ -210,22 +208,26 @@ class LiveReference:
         """
         import numpy as np
 
-        layout = self._text.layout
+        layout, n = self._text.layout, len(targets)
         if start == 0:
             tokens = layout.chunk(self._text.tokens, chunk, self._bos)
             self._batches = chunk_logits(self._session, tokens, layout.wanted)
         batch = next(self._batches)
         assert (batch.start, batch.n) == (layout.first + start, n)
         logits = _view(batch)
-        dummy: Tokens = np.zeros(n, dtype=np.int32)
+        chosen: Tokens = np.array(targets, dtype=np.int32)
         parts = blocks(n, logits.shape[1])
         with ThreadPoolExecutor(self._session.plan.threads) as pool:
-            words = list(pool.map(lambda part: _encoded(logits[part], dummy[part]), parts))
+            saved = list(pool.map(lambda part: _saved(logits[part], chosen[part]), parts))
         if start + n == layout.n_rows:
             next(self._batches, None)  # lets go of Ctrl-C
-        return np.concatenate(words)
+        words, nll = zip(*saved, strict=True)
+        return Saved(np.concatenate(words), np.concatenate(nll))
 
 
-def _encoded(logits: Floats, targets: Tokens) -> Words:
-    scores: Scores = score(logits, targets)
-    return encode(logits, scores.log_sum)
+def _saved(logits: Floats, targets: Tokens) -> tuple[Words, Floats]:
+    """What a file would hold of some rows."""
+    import numpy as np
+
+    scores = score(logits, targets)
+    return encode(logits, scores.log_sum), scores.nll.astype(np.float32)

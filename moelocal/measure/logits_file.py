@@ -3,6 +3,8 @@
     8 bytes "_logits_", then int32 n_ctx, n_vocab, n_chunks, little-endian
     int32[n_chunks * n_ctx]        the text's tokens
     uint16[n_rows, row_words]      of each chunk: its scored positions (see perplexity.py, divergence.py)
+    8 bytes "_lnprob_", float32[n_chunks * n_rows]    only in ours, where llama-perplexity does not look: exact -ln p of
+                                                      the text's tokens, also of those below what 16 bits can say
 
 Written beside its place as `NAME.part`, whole chunks at a time, and renamed when complete: an interrupted one goes on.
 
@@ -19,14 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from moelocal.errors import MoelocalError
-from moelocal.measure.divergence import HEAD_WORDS, row_words
+from moelocal.measure.divergence import HEAD_WORDS, Saved, row_words
 from moelocal.measure.perplexity import Layout
 from moelocal.units import format_bytes
 
 if TYPE_CHECKING:
     from moelocal.measure.divergence import Words
+    from moelocal.measure.perplexity import Floats
 
-MAGIC = b"_logits_"
+MAGIC, _EXACT = b"_logits_", b"_lnprob_"
 _HEAD = struct.Struct("<8siii")
 _MAKE = "Make it again: moelocal eval MODEL --text FILE --save-logits FILE"
 _MOST_CTX, _MOST_VOCAB = 1 << 24, 1 << 24
@@ -107,15 +110,27 @@ class SavedLogits:
             raise MoelocalError(f"{self.path} is damaged: it holds tokens that its vocabulary does not have.", _MAKE)
         return tokens
 
-    def rows(self, chunk: int, start: int, n: int) -> Words:
-        """Saved rows `start` to `start + n - 1` of a chunk: uint16[n, row_words].
+    def _exact(self, chunk: int, start: int, n: int) -> Floats | None:
+        """Exact -ln p of the same rows, if they were kept: float32[n]."""
+        import numpy as np
+
+        self._file.seek(self.shape.n_bytes)
+        if self._file.read(len(_EXACT)) != _EXACT:
+            return None
+        self._file.seek(4 * (chunk * self.shape.layout.n_rows + start), os.SEEK_CUR)
+        data = self._file.read(4 * n)
+        values = np.frombuffer(data, "<f4") if len(data) == 4 * n else None
+        return values if values is not None and np.isfinite(values).all() else None
+
+    def rows(self, chunk: int, start: int, targets: Sequence[int]) -> Saved:
+        """Saved rows of a chunk, from `start` on, one for each target.
 
         Raises:
             MoelocalError: the file ends before, or holds what cannot be.
         """
         import numpy as np
 
-        width = row_words(self.shape.n_vocab)
+        n, width = len(targets), row_words(self.shape.n_vocab)
         self._file.seek(self.shape.data_offset + chunk * self.shape.chunk_bytes + start * 2 * width)
         data = self._file.read(n * 2 * width)
         if len(data) < n * 2 * width:
@@ -124,7 +139,7 @@ class SavedLogits:
         head = np.ascontiguousarray(words[:, :HEAD_WORDS]).view("<f4")
         if not (np.isfinite(head).all() and (head[:, 0] >= 0).all() and (head[:, 1] <= 0).all()):
             raise MoelocalError(f"{self.path} is damaged in chunk {chunk + 1:,}.", _MAKE)
-        return words
+        return Saved(words, self._exact(chunk, start, n))
 
     def __enter__(self) -> SavedLogits:
         return self
@@ -180,15 +195,18 @@ class LogitsWriter:
         except OSError as error:
             raise self._failed(error) from error
 
-    def finish(self) -> None:
-        """Gives the complete file its name.
+    def finish(self, nll: Floats) -> None:
+        """Adds exact -ln p of all scored tokens, and gives the complete file its name.
 
         Raises:
             MoelocalError: the disk is full.
         """
-        self.flush()
-        self._file.close()
-        os.replace(self._part, self.path)
+        try:
+            self._file.write(_EXACT + nll.astype("<f4").tobytes())
+            self._file.close()
+            os.replace(self._part, self.path)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> MoelocalError:
         return MoelocalError(
