@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +54,7 @@ def evaluate(
     interruption the same command goes on where it was.
     """
     from moelocal.cli.guard import guard
-    from moelocal.cli.messages import dim
+    from moelocal.cli.messages import dim, note
 
     with_file = evaluation.reference is not None and _is_saved(evaluation.reference)
     text = _text(evaluation.text, model, may_lack=with_file)
@@ -78,6 +79,8 @@ def evaluate(
     llama.offload_prompts_from(offload_min_batch(side.facts))
     machine = find_machine(placement)
     task = Task(side, machine, text, evaluation.chunks, other, saved, evaluation.save_logits, verbose)
+    if text is not None and evaluation.text is None and text is _demo_text():
+        note("No --text was given: the demo's own text is used, of the kind that it learned.")
     try:
         result = carry_out(task)
     except KeyboardInterrupt:
@@ -132,7 +135,6 @@ def _text(option: str | None, model: str, may_lack: bool) -> str | None:
     Raises:
         BadRequest: there is none, or it is no text.
     """
-    from moelocal.cli.messages import note
     from moelocal.cli.opening import read_text
     from moelocal.paths import user_path
 
@@ -148,11 +150,16 @@ def _text(option: str | None, model: str, may_lack: bool) -> str | None:
     if may_lack:
         return None
     if model == "demo" and option is None:
-        note("No --text was given: the demo's own text is used, of the kind that it learned.")
-        from moelocal.model.store import DEMO
-
-        return read_text(DEMO.with_name("demo.txt"), "text")
+        return _demo_text()
     raise BadRequest("There is no text to evaluate on.", f"Give one with --text FILE: {_WIKITEXT}.")
+
+
+@lru_cache(maxsize=1)
+def _demo_text() -> str:
+    from moelocal.cli.opening import read_text
+    from moelocal.model.store import DEMO
+
+    return read_text(DEMO.with_name("demo.txt"), "text")
 
 
 def _read_stdin() -> str:

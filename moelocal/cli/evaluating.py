@@ -154,14 +154,18 @@ def carry_out(task: Task) -> Result:
 def _beside(task: Task) -> Machine | None:
     """What of the machine is left for the reference beside the model; None: they do not fit together, or the reference
     would have to run elsewhere than alone."""
+    from moelocal.plan.request import bounded, margin_bytes
+
     assert task.reference is not None
-    mine = task.model.plan(task.machine)
+    mine, budget = task.model.plan(task.machine), bounded(task.machine, task.model.request)
     used = {use.name: use.total_bytes for use in mine.per_device}
+    free = {device.name: device.free_bytes + margin_bytes(device) for device in budget.gpus}  # which it takes off again
     devices = tuple(
-        replace(device, free_bytes=max(0, device.free_bytes - used.get(device.name, 0)))
+        replace(device, free_bytes=max(0, free.get(device.name, device.free_bytes) - used.get(device.name, 0)))
         for device in task.machine.devices
     )
-    left = max(0, task.machine.ram_free_bytes - used.get("CPU", 0))
+    shared = sum(used.get(device.name, 0) for device in budget.gpus if device.shares_ram)
+    left = max(0, budget.ram_free_bytes - used.get("CPU", 0) - shared)
     rest = replace(task.machine, devices=devices, ram_free_bytes=left)
     try:
         alone, beside = task.reference.plan(task.machine), task.reference.plan(rest)
