@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MOST_TEXT_BYTES = 1 << 30
 _CLIPPED_SHARE = 0.001
+_MANY_TIMES = 1.5
 _WIKITEXT = "wikitext-2-raw-v1.zip of ggml-org/ci on huggingface.co has wiki.test.raw, which published figures use"
 
 
@@ -54,10 +55,11 @@ def evaluate(
     interruption the same command goes on where it was.
     """
     from moelocal.cli.guard import guard
-    from moelocal.cli.messages import dim, note
+    from moelocal.cli.messages import dim, note, wrapped
 
     with_file = evaluation.reference is not None and _is_saved(evaluation.reference)
     text = _text(evaluation.text, model, may_lack=with_file)
+    _check_place(evaluation.save_logits)
     placement.request()  # bad values are told now, not after the load
     guard()
     from moelocal.cli.evaluating import Task, carry_out, chunk_tokens, find_side
@@ -73,7 +75,7 @@ def evaluate(
     side = find_side(model, placement, n_ctx, evaluation.experts_used)
     other = None
     if evaluation.reference is not None and saved is None:
-        plain = replace_kv(placement)
+        plain = _with_f16_cache(placement)
         other = find_side(evaluation.reference, plain, n_ctx)
     _warn(side.facts.n_ctx_train, n_ctx)
     llama.offload_prompts_from(offload_min_batch(side.facts))
@@ -95,13 +97,13 @@ def evaluate(
     for line in report(result, evaluation.reference):
         print(line)
     print()
-    print(meaning(result, name))
+    print(wrapped(meaning(result, name)) if sys.stdout.isatty() else meaning(result, name))
     if verbose:
         share = result.arithmetic_s / max(result.seconds, 1e-9)
         dim(f"{result.seconds:.1f} s, of which {share:.1%} arithmetic outside llama.cpp")
 
 
-def replace_kv(placement: opt.Placement) -> opt.Placement:
+def _with_f16_cache(placement: opt.Placement) -> opt.Placement:
     """The reference's settings: what is asked about the KV cache is asked about the model, not about its reference."""
     from dataclasses import replace
 
@@ -113,6 +115,13 @@ def _is_saved(reference: str) -> bool:
     from moelocal.paths import user_path
 
     return is_logits_file(user_path(reference))
+
+
+def _check_place(path: Path | None) -> None:
+    """Raises BadRequest for a place where no file can be: after hours of work it would be too late."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise BadRequest(f"The logits cannot be written to {path}: {reason}.", "Name a file in a folder that exists.")
 
 
 def _open_saved(reference: str) -> SavedLogits:
@@ -188,7 +197,10 @@ def report(result: Result, reference: str | None) -> list[str]:
     """The figures, a row each."""
     layout, tally = result.layout, result.tally
     rows = [
-        ("Text", f"{layout.n_chunks:,} chunks of {layout.n_ctx:,} tokens, {tally.count:,} scored"),
+        (
+            "Text",
+            f"{layout.n_chunks:,} chunk{'s' * (layout.n_chunks != 1)} of {layout.n_ctx:,} tokens, {tally.count:,} scored",
+        ),
         ("Perplexity", f"{tally.perplexity:.4f} ± {tally.stderr:.4f}"),
     ]
     if (distance := result.distance) is not None:
@@ -226,6 +238,8 @@ def meaning(result: Result, name: str) -> str:
         )
     ratio, error = result.ratio
     change = f"{abs(ratio - 1):.2%} {'higher' if ratio > 1 else 'lower'}"
+    if ratio > _MANY_TIMES:
+        change = f"{ratio:.3g} times the reference's"
     if abs(ratio - 1) <= 2 * error:
         change = f"the same within the error ({ratio - 1:+.2%} ± {error:.2%})"
     return f"{name} keeps {share:.1%} of the reference's first choices; its perplexity is {change}."

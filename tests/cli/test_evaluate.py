@@ -140,7 +140,7 @@ def wait_for_chunks(home: Path, n: int) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_it_goes_on_and_gives_the_same(how: signal.Signals, q4: Path, home: Path, tmp_path: Path) -> None:
-    options = [q4, "--reference", "demo", "--text", TEXT, "--ctx", "256", "--threads", "1"]
+    options: list[str | Path] = [q4, "--reference", "demo", "--text", TEXT, "--ctx", "256", "--threads", "1"]
     first = tmp_path / "first.logits"
     whole = evaluate(*options, "--save-logits", first)
     second = tmp_path / "second.logits"
@@ -200,4 +200,5 @@ def test_settings_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
     refused(run("eval", "demo", "--experts-used", "17"), 2, "16 experts")
     refused(run("eval", str(tiny("tiny-dense")), "--text", str(TEXT), "--experts-used", "2"), 2, "not a Mixture")
     place = tmp_path / "no" / "file"
-    refused(run("eval", "demo", "--text", str(TEXT), *QUICK, "--save-logits", str(place)), 1, "cannot be written")
+    refused(run("eval", "demo", "--text", str(TEXT), *QUICK, "--save-logits", str(place)), 2, "cannot be written")
+    refused(run("eval", "demo", "--save-logits", str(tmp_path)), 2, "it is a folder")
