@@ -196,11 +196,9 @@ def _name(model: str, evaluation: Evaluation, placement: opt.Placement) -> str:
 def report(result: Result, reference: str | None) -> list[str]:
     """The figures, a row each."""
     layout, tally = result.layout, result.tally
+    chunks = "1 chunk" if layout.n_chunks == 1 else f"{layout.n_chunks:,} chunks"
     rows = [
-        (
-            "Text",
-            f"{layout.n_chunks:,} chunk{'s' * (layout.n_chunks != 1)} of {layout.n_ctx:,} tokens, {tally.count:,} scored",
-        ),
+        ("Text", f"{chunks} of {layout.n_ctx:,} tokens, {tally.count:,} scored"),
         ("Perplexity", f"{tally.perplexity:.4f} ± {tally.stderr:.4f}"),
     ]
     if (distance := result.distance) is not None:
