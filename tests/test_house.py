@@ -34,6 +34,7 @@ ONLY_IN = {
         "cli/render_doctor.py",
         "cli/render_models.py",
         "cli/render_pull.py",
+        "cli/render_eval.py",
     },
     "prompt_toolkit": {"cli/chat_input.py"},
     "jinja2": {"engine/template.py", "engine/sandbox.py"},

@@ -151,19 +151,22 @@ def bench(
     """Measure tokens per second: prompts (pp) and generation (tg), as llama-bench defines them."""
     from moelocal.cli.guard import guard
     from moelocal.cli.messages import note
+    from moelocal.cli.opening import find_machine
     from moelocal.cli.render_bench import show
+    from moelocal.engine import llama
 
     wanted, requests = tests.all(), settings.requests()
     if sum((as_json, output.csv, output.markdown)) > 1:
         raise BadRequest("--json, --csv and --markdown exclude each other.", "Give one of them.")
     guard()
     subjects = [subject_of(model) for model in models]
-    machine = machine_with(settings.rpc or (), verbose)
+    llama.LOG.verbose = verbose
+    machine = find_machine(settings.rpc or ())
     if not any(speeds.measured for speeds in machine.speeds.devices.values()):
         note("Predicted speeds and rooflines are estimates until this machine is measured: moelocal doctor --probe")
     plans = [(subject, _plans(subject, machine, requests, wanted)) for subject in subjects]
     results: list[Result] = []
-    work = _Bench(machine, wanted, tests.repetitions, verbose)
+    work = _Bench(machine, wanted, tests.repetitions, settings.rpc or (), verbose)
     try:
         for subject, its in plans:
             for row in work.rows(subject, its):
@@ -195,19 +198,6 @@ def subject_of(reference: str) -> Subject:
     return Subject(reference, path, header, read_facts(header))
 
 
-def machine_with(workers: Sequence[str], verbose: bool) -> Machine:
-    """This machine and workers, without measuring it first."""
-    from moelocal.engine import llama, rpc
-    from moelocal.machine.hardware import detect
-
-    llama.LOG.verbose = verbose
-    rpc.add_workers(workers)
-    machine = detect(llama.devices(), llama.version())
-    if workers:
-        rpc.drop_when_silent()
-    return machine
-
-
 def _plans(
     subject: Subject, machine: Machine, requests: Sequence[PlanRequest], tests: Sequence[BenchTest]
 ) -> list[Plan]:
@@ -228,12 +218,15 @@ def _plans(
 class _Bench:
     """Measures models one after another, and keeps what was found."""
 
-    def __init__(self, machine: Machine, tests: Sequence[BenchTest], repetitions: int, verbose: bool) -> None:
+    def __init__(
+        self, machine: Machine, tests: Sequence[BenchTest], repetitions: int, workers: Sequence[str], verbose: bool
+    ) -> None:
         from moelocal.engine import llama
         from moelocal.machine.hardware import identity
         from moelocal.measure.bench_rows import Kept
 
-        self._machine, self._tests, self._repetitions, self._verbose = machine, tests, repetitions, verbose
+        self._machine, self._tests, self._repetitions = machine, tests, repetitions
+        self._workers, self._verbose = workers, verbose
         self._kept = Kept(identity(machine.cpu, machine.devices, ""), llama.version())
 
     def rows(self, subject: Subject, plans: Sequence[Plan]) -> Iterator[Row]:
@@ -258,7 +251,7 @@ class _Bench:
 
     def _load(self, subject: Subject, plan: Plan) -> Session:
         from moelocal.cli.messages import note
-        from moelocal.cli.opening import LoadingBar
+        from moelocal.cli.opening import LoadingBar, drop_silent_workers
         from moelocal.engine import llama
         from moelocal.engine.session import load
         from moelocal.plan.llama_flags import offload_min_batch
@@ -271,7 +264,9 @@ class _Bench:
         llama.offload_prompts_from(offload_min_batch(subject.facts))
         paths = [Path(shard) for shard in subject.header.shards] or [subject.path]
         with LoadingBar(f"Loading {subject.reference}", silent=self._verbose) as bar:
-            return load(paths, subject.header, plan, bar.update)
+            session = load(paths, subject.header, plan, bar.update)
+        drop_silent_workers(self._workers)
+        return session
 
     @contextmanager
     def _progress(self, label: str, done: int, n: int) -> Iterator[Callable[[int], None]]:

@@ -7,7 +7,7 @@ import importlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -79,8 +79,6 @@ def open_model(
     """
     from moelocal.cli.messages import note
     from moelocal.engine import llama
-    from moelocal.engine.interrupt import Interrupt
-    from moelocal.machine.hardware import detect
     from moelocal.model.facts import read_facts
     from moelocal.model.header import read_header
     from moelocal.model.store import resolve
@@ -93,23 +91,14 @@ def open_model(
     header = read_header(path)
     facts = read_facts(header)
     llama.offload_prompts_from(offload_min_batch(facts))
-    if placement.rpc:
-        from moelocal.engine import rpc
-
-        rpc.add_workers(placement.rpc)
-    with Interrupt() as interrupt:  # Ctrl-C in a callback from C would be lost
-        machine = detect(llama.devices(), llama.version())
-    interrupt.close()
-    if interrupt.is_set():
-        raise KeyboardInterrupt
+    machine = find_machine(placement.rpc or ())
     request = tuned(request, path, machine)
     meanwhile = threading.Thread(target=_import_what_follows, args=(raw,))
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
         loader = _Loader(path, header, bar, one_shot, meanwhile)
         history = known(path, facts, machine)
         session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
-    if placement.rpc:
-        rpc.drop_when_silent()
+    drop_silent_workers(placement.rpc or ())
     meanwhile.join()
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what starting made stays; collections look only at what comes now
@@ -136,6 +125,53 @@ def tuned(request: PlanRequest, path: Path, machine: Machine) -> PlanRequest:
     from moelocal.measure.tuned import with_tuned
 
     return with_tuned(request, path, identity(machine.cpu, machine.devices, llama.version()))
+
+
+def find_machine(workers: Sequence[str]) -> Machine:
+    """This machine as llama.cpp sees it, with workers (HOST:PORT each).
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+        MoelocalError: a worker does not answer.
+    """
+    from moelocal.engine import llama
+    from moelocal.engine.interrupt import Interrupt
+    from moelocal.machine.hardware import detect
+
+    if workers:
+        from moelocal.engine import rpc
+
+        rpc.add_workers(workers)
+    with Interrupt() as interrupt:  # Ctrl-C in a callback from C would be lost
+        machine = detect(llama.devices(), llama.version())
+    interrupt.close()
+    if interrupt.is_set():
+        raise KeyboardInterrupt
+    return machine
+
+
+def drop_silent_workers(workers: Sequence[str]) -> None:
+    """After a load: a worker that no longer answers ends the program instead of stopping it for ever."""
+    if workers:
+        from moelocal.engine import rpc
+
+        rpc.drop_when_silent()
+
+
+def load_planned(
+    path: Path, header: GGUFHeader, machine: Machine, plan_for: Callable[[Machine], Plan], verbose: bool
+) -> Session:
+    """Loads a model that only computes: no prompts, no history. `plan_for`: its plan on a machine.
+
+    Raises:
+        MoelocalError: it does not fit, or llama.cpp refuses it.
+    """
+    meanwhile = threading.Thread(target=importlib.import_module, args=("numpy",))
+    with LoadingBar(f"Loading {path.name}", silent=verbose) as bar:
+        session = _Loader(path, header, bar, True, meanwhile).load(machine, plan_for)
+    meanwhile.join()
+    sys.setswitchinterval(_SWITCH_S)
+    return session
 
 
 def known(path: Path, facts: ModelFacts, machine: Machine) -> Calibration | None:

@@ -29,9 +29,11 @@ def tune(
     verbose: opt.Verbose = False,
 ) -> None:
     """Find a model's fastest settings here by measuring, and keep them: run, chat and plan then use them."""
-    from moelocal.cli.bench import machine_with, subject_of
+    from moelocal.cli.bench import subject_of
     from moelocal.cli.guard import guard
     from moelocal.cli.messages import note
+    from moelocal.cli.opening import find_machine
+    from moelocal.engine import llama
     from moelocal.measure.others import OtherWork
     from moelocal.measure.tune import Tuner
     from moelocal.measure.tuned import forget_tuned
@@ -47,7 +49,8 @@ def tune(
         there = forget_tuned(subject.path)
         note(f"{'Forgotten' if there else 'Nothing was kept'}: settings of {model}.")
         return
-    machine = machine_with((), verbose)
+    llama.LOG.verbose = verbose
+    machine = find_machine(())
     tuner = Tuner(subject.facts, machine, placement.request(), _loader(subject, verbose), minutes * 60)
     view, others = _View(subject, tuner, as_json), OtherWork()
     try:

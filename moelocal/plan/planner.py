@@ -22,9 +22,9 @@ from moelocal.model.kv import KVType
 from moelocal.plan.cost import Costs, LoadMode, Placement, Prediction, Seconds, Setting, Work, prediction
 from moelocal.plan.llama_flags import flags_of, llama_args
 from moelocal.plan.memory import CPU, PROGRAM_BYTES, MemoryUse, Sizes, graph_bytes, placed, ram_left
-from moelocal.plan.request import PlanRequest, Turn, bounded, turn_of
+from moelocal.plan.refusals import check_gpu_budgets, too_little
+from moelocal.plan.request import N_UBATCH, PlanRequest, Turn, bounded, turn_of
 from moelocal.plan.search import BETTER, Room, Search
-from moelocal.units import format_bytes
 
 if TYPE_CHECKING:
     from moelocal.plan.calibration import Calibration
@@ -33,7 +33,6 @@ __all__ = ["MemoryUse", "Plan", "PlanRequest", "make_plan"]
 
 _LEAST_N_CTX = 512
 _GROWTH = 4  # a context that was not asked for grows up to so many times where there is room
-_N_UBATCH = 512
 _N_UBATCHES = (512, 1024, 2048)
 _KV_PENALTY = {"f16": 1.0, "q8_0": 1.1, "q4_0": 1.3}  # a coarser cache must make the turn so much shorter
 _CPU_MODES: tuple[tuple[bool, LoadMode], ...] = ((True, "mmap"), (False, "mmap"))
@@ -74,6 +73,8 @@ class Plan:
     predicted: Prediction | None = None
     measured: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
+    n_outputs: int = 1  # tokens of a batch whose logits are kept
+    experts_used: int | None = None  # per token, instead of the model's own number
     overrides: tuple[tuple[str, str], ...] = ()
     workers: tuple[tuple[str, str], ...] = ()
     threads_batch: int | None = None
@@ -97,7 +98,7 @@ class Plan:
     @property
     def context(self) -> tuple[Any, ...]:
         """Equal for plans of one way to load whose contexts are alike, whatever their threads."""
-        return self.weights, self.n_ctx, self.kv_type, self.n_ubatch, self.flash_attn
+        return self.weights, self.n_ctx, self.kv_type, self.n_ubatch, self.flash_attn, self.n_outputs
 
     @property
     def setting(self) -> Setting | None:
@@ -210,7 +211,7 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
     kept = min(best.uses[CPU].weights_bytes, max(0, left))
     disk_bytes = best.uses[CPU].weights_bytes - kept
     uses = best.uses | {CPU: replace(best.uses[CPU], weights_bytes=kept)}
-    uses = _sharpened(facts, setting, uses)
+    uses = _sharpened(facts, setting, uses, request.n_outputs)
     flags = flags_of(setting.placement)
     reasons = [*explain(facts, here, request, setting, uses, disk_bytes)]
     if history:
@@ -229,6 +230,8 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
         no_host=setting.repack and bool(flags.devices),
         reasons=tuple(reasons),
         disk_bytes=disk_bytes,
+        n_outputs=request.n_outputs,
+        experts_used=request.experts_used,
         predicted=prediction(best.seconds, turn.n_prompt),
         measured=history.measured(setting) if history else None,
         overrides=flags.overrides,
@@ -242,13 +245,13 @@ def _chosen(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, 
     """The fastest setting at the context asked for; else at the objective's, or the longest shorter one that fits."""
     n_ctx = request.n_ctx or max(1, min(turn.n_ctx, facts.n_ctx_train or turn.n_ctx))
     wanted = n_ctx
-    _check_gpu_budgets(facts, here, request, n_ctx)
+    check_gpu_budgets(facts, here, request, n_ctx)
     while True:
         trials = list(_trials(facts, here, request, turn, n_ctx, history))
         if trials:
             return min(trials, key=lambda trial: trial.turn_s * _KV_PENALTY[trial.setting.kv_type])
         if request.n_ctx is not None or n_ctx // 2 < _LEAST_N_CTX:
-            raise _too_little(facts, here, request, wanted)
+            raise too_little(facts, here, request, wanted)
         n_ctx //= 2
 
 
@@ -260,11 +263,11 @@ def _trials(
     kv_types: tuple[KVType, ...] = (request.kv_type or "f16",)
     if request.kv_type is None and here.gpus and facts.fits_kv_type("q8_0"):
         kv_types = ("f16", "q8_0")
-    n_ubatches = (request.n_ubatch,) if request.n_ubatch else _N_UBATCHES if here.gpus else (_N_UBATCH,)
+    n_ubatches = (request.n_ubatch,) if request.n_ubatch else _N_UBATCHES if here.gpus else (N_UBATCH,)
     for kv_type in kv_types:
         for n_ubatch in n_ubatches:
             n_ubatch = min(n_ubatch, n_ctx)
-            sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch)
+            sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch, request.n_outputs)
             searches: list[Search] = []
             found: list[Trial] = []
             for repack, load_mode in _GPU_MODES if here.gpus else _CPU_MODES:
@@ -334,7 +337,8 @@ def _grown(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, b
     copied = setting.repack or setting.load_mode == "none"
     n_ctx = setting.n_ctx
     while (n_ctx := min(most, n_ctx * 2)) > setting.n_ctx:
-        uses = placed(facts, here, setting.placement, Sizes.of(facts, n_ctx, setting.kv_type, setting.n_ubatch))
+        sizes = Sizes.of(facts, n_ctx, setting.kv_type, setting.n_ubatch, request.n_outputs)
+        uses = placed(facts, here, setting.placement, sizes)
         if not _fits(here, uses, copied) or _on_disk(here, uses) > _on_disk(here, best.uses):
             break
         setting = replace(setting, n_ctx=n_ctx)
@@ -342,12 +346,12 @@ def _grown(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, b
     return best
 
 
-def _sharpened(facts: ModelFacts, setting: Setting, uses: dict[str, MemoryUse]) -> dict[str, MemoryUse]:
+def _sharpened(facts: ModelFacts, setting: Setting, uses: dict[str, MemoryUse], n_outputs: int) -> dict[str, MemoryUse]:
     """Memory with the compute buffers of this very placement, in place of the most that any placement needs."""
     placement = setting.placement
     where = Where(placement.layers, placement.experts, placement.output)
-    sharp = graph_bytes(facts, GraphWork(setting.n_ctx, setting.kv_type, setting.n_ubatch), where)
-    sizes = Sizes.of(facts, setting.n_ctx, setting.kv_type, setting.n_ubatch)
+    sharp = graph_bytes(facts, GraphWork(setting.n_ctx, setting.kv_type, setting.n_ubatch, n_outputs), where)
+    sizes = Sizes.of(facts, setting.n_ctx, setting.kv_type, setting.n_ubatch, n_outputs)
 
     def use_of(use: MemoryUse) -> MemoryUse:
         most = sizes.ram_compute if use.name == CPU else sizes.compute
@@ -358,47 +362,3 @@ def _sharpened(facts: ModelFacts, setting: Setting, uses: dict[str, MemoryUse]) 
 
 def _on_disk(here: Machine, uses: dict[str, MemoryUse]) -> int:
     return max(0, uses[CPU].weights_bytes - max(0, ram_left(here, uses)))
-
-
-def _check_gpu_budgets(facts: ModelFacts, here: Machine, request: PlanRequest, n_ctx: int) -> None:
-    """Raises OutOfMemory when a GPU was given less than the least that is of use there."""
-    if not request.gpu_bytes:
-        return
-    n_ubatch = min(request.n_ubatch or _N_UBATCH, n_ctx)
-    sizes = Sizes.of(facts, n_ctx, request.kv_type or "f16", n_ubatch)
-    layer = min(layer.always_active_bytes + kv for layer, kv in zip(facts.layers, sizes.kv, strict=True))
-    head = facts.output_bytes + facts.other_bytes + sizes.extra_kv
-    least = sizes.compute + head + layer
-    for device in here.gpus:
-        named = [size for name, size in request.gpu_bytes if name is None or name.lower() == device.name.lower()]
-        if named and device.free_bytes < least and len(here.gpus) == 1:
-            raise OutOfMemory(
-                f"{device.name} may use {format_bytes(device.free_bytes)}, and {format_bytes(least)} are the least: "
-                f"{format_bytes(sizes.compute)} to compute, {format_bytes(head)} for the output head, "
-                f"{format_bytes(layer)} for one layer.",
-                f"Try --gpu-memory {-(-least >> 20) + 1}MiB, a shorter --ctx, or --cpu-only.",
-            )
-
-
-def _too_little(facts: ModelFacts, here: Machine, request: PlanRequest, n_ctx: int) -> OutOfMemory:
-    """What is missing at `n_ctx`, and what would fit."""
-    if request.experts_on_cpu is not None and here.gpus:
-        return OutOfMemory(
-            f"With the experts of only {request.experts_on_cpu} layers in RAM the rest does not fit the GPU.",
-            "Give --experts-on-cpu a larger number, or leave it out: the planner finds it.",
-        )
-    kv_type, n_ubatch = request.kv_type or "f16", request.n_ubatch or _N_UBATCH
-
-    def need(n_ctx: int) -> int:
-        sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch)
-        return sum(sizes.kv) + sizes.extra_kv + sizes.ram_compute + PROGRAM_BYTES
-
-    shorter = n_ctx
-    while shorter > 256 and need(shorter) > here.ram_free_bytes:
-        shorter //= 2
-    fits = need(shorter) <= here.ram_free_bytes
-    return OutOfMemory(
-        f"A context of {n_ctx:,} tokens needs {format_bytes(need(n_ctx))} of RAM for its cache and to compute, and "
-        f"{format_bytes(here.ram_free_bytes)} are available.",
-        f"Try --ctx {shorter}." if fits else f"At least {format_bytes(need(256))} are needed, whatever the context.",
-    )

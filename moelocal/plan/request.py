@@ -14,6 +14,7 @@ from moelocal.plan.memory import CPU
 from moelocal.units import parse_bytes
 
 Objective = Literal["chat", "long-prompt", "throughput"]
+N_UBATCH = 512  # tokens of a prompt that are computed at once, where nothing else is better
 _MARGIN_BYTES, _MARGIN_SHARE, _MARGIN_MOST = 256 << 20, 0.03, 512 << 20
 
 
@@ -29,6 +30,8 @@ class PlanRequest:
     threads: int | None = None
     n_ubatch: int | None = None
     cpu_only: bool = False
+    n_outputs: int = 1  # tokens of a batch whose logits are kept
+    experts_used: int | None = None  # per token, instead of the model's own number
     ram_bytes: int | None = None
     gpu_bytes: tuple[tuple[str | None, int], ...] = ()
     experts_on_cpu: int | None = None
