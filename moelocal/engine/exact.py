@@ -34,7 +34,8 @@ _ROUNDING_BYTES = 64 << 10  # of a few figures in the log
 # of all layers' caches or states: `llama_kv_cache: size =  384.00 MiB (  4096 cells,  48 layers, ...`; of DeepSeek-V4's
 # compressors: `layers = 20, size = 0.03 MiB`
 _CACHE = re.compile(r"(?:\bsize =\s+(?=[\d.]+ MiB \()|layers = \d+, size =\s+)([\d.]+) MiB")
-_KEPT = ("n_ctx", "kv_type", "n_ubatch", "threads", "n_gpu_layers", "repack", "no_host")  # what sizes depend on
+# what sizes depend on
+_KEPT = ("n_ctx", "kv_type", "n_ubatch", "threads", "n_gpu_layers", "repack", "no_host", "n_outputs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ LOAD_MODE = {"none": 0, "mmap": 1}
 _LEVEL_CONTINUE = 5  # GGML_LOG_LEVEL_CONT
 _LEVEL_DEBUG = 1
 _LEVEL_WARN = 3
+_KV_OVERRIDE_INT = 0  # enum llama_model_kv_override_type
 _MIRROR_HEAD = 8
 
 
@@ -232,7 +233,7 @@ def open_model(
     params.no_host = plan.no_host
     if is_dry:
         params.no_alloc, params.load_mode = True, LOAD_MODE["none"]  # mapped, it would abort
-    held = _place(params, flags)
+    held = [*_place(params, flags), _use_experts(params, flags.experts_used)]
     stopped = False
 
     def on_progress(fraction: float, _: Any) -> bool:
@@ -280,6 +281,16 @@ def _place(params: Any, flags: LlamaFlags) -> list[Any]:
     return [chosen, shares, overrides]
 
 
+def _use_experts(params: Any, override: tuple[str, int] | None) -> Any:
+    """Writes another number of experts per token into the parameters. Returns the array that these now point to."""
+    if override is None:
+        return None
+    array = (api().llama_model_kv_override * 2)()  # ends with an empty key
+    array[0].tag, array[0].key, array[0].value.val_i64 = _KV_OVERRIDE_INT, override[0].encode(), override[1]
+    params.kv_overrides = array
+    return array
+
+
 def offload_prompts_from(n_tokens: int | None) -> None:
     """Sets the batch size from which a GPU computes prompts with experts copied over; None: llama.cpp's own (32).
 
@@ -320,11 +331,12 @@ def _load_error(what: str) -> LoadFailed | OutOfMemory:
     )
 
 
-def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | None) -> int:
+def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | None, on_node: Any = None) -> int:
     """Creates the context (KV cache and work buffers) and returns the `llama_context *`.
 
     Args:
         abort: a C function `bool (*)(void *)` and its argument, asked between graph nodes on the CPU.
+        on_node: a callback that sees every graph node (`watch.Watch.callback`); the caller keeps it alive.
 
     Raises:
         OutOfMemory: there is no room for the KV cache or the work buffers.
@@ -334,7 +346,7 @@ def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | No
     params = low.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = min(plan.n_ubatch, n_ctx)
-    params.n_outputs_max = 1  # only the last token's logits are ever read: no n_ubatch x n_vocab buffer
+    params.n_outputs_max = plan.n_outputs  # of a prompt one: no n_ubatch x n_vocab buffer
     params.n_threads, params.n_threads_batch = plan.threads, plan.threads_batch or plan.threads
     if plan.flash_attn is not None:
         params.flash_attn_type = int(plan.flash_attn)  # llama_flash_attn_type; else -1: automatic
@@ -342,6 +354,8 @@ def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | No
     params.swa_full = False
     params.op_offload = plan.n_gpu_layers != 0
     params.no_perf = True
+    if on_node is not None:
+        params.cb_eval = on_node
     if abort is not None:
         params.abort_callback = ctypes.cast(abort[0], low.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(abort[1], ctypes.c_void_p)

@@ -30,12 +30,13 @@ _OFFLOAD_MIN_BATCH = 32  # llama.cpp's default, made for dense layers
 
 class LlamaFlags(NamedTuple):
     """`devices` to use, in order (None: llama.cpp's choice; none at all: CPU only); `tensor_split`: layers of each one;
-    `overrides` as (regular expression, device)."""
+    `overrides` as (regular expression, device); `experts_used`: a metadata key and the number to use instead."""
 
     devices: tuple[str, ...] | None = None
     n_gpu_layers: int = 0
     tensor_split: tuple[float, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
+    experts_used: tuple[str, int] | None = None
 
 
 def flags_of(placement: Placement, n_ahead: int = 0) -> LlamaFlags:
@@ -71,10 +72,13 @@ def flags_of(placement: Placement, n_ahead: int = 0) -> LlamaFlags:
 
 def flags_of_plan(plan: Plan, header: GGUFHeader) -> LlamaFlags:
     """llama.cpp's settings for a plan. One without a placement leaves the choice of GPUs to llama.cpp."""
+    arch = header.metadata.get("general.architecture")
+    used = None if plan.experts_used is None else (f"{arch}.expert_used_count", plan.experts_used)
     if plan.placement is None:
-        return LlamaFlags(None if plan.n_gpu_layers else (), plan.n_gpu_layers)
-    n_layers = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count", 0)
-    return flags_of(plan.placement, max(0, int(n_layers) - len(plan.placement.layers)))
+        return LlamaFlags(None if plan.n_gpu_layers else (), plan.n_gpu_layers, experts_used=used)
+    n_layers = header.metadata.get(f"{arch}.block_count", 0)
+    flags = flags_of(plan.placement, max(0, int(n_layers) - len(plan.placement.layers)))
+    return flags._replace(experts_used=used)
 
 
 def _expert_overrides(placement: Placement) -> list[tuple[str, str]]:

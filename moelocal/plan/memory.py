@@ -50,8 +50,8 @@ class Sizes(NamedTuple):
     kinds: tuple[int, ...]
 
     @classmethod
-    def of(cls, facts: ModelFacts, n_ctx: int, kv_type: KVType, n_ubatch: int) -> Sizes:
-        """The sizes of one setting.
+    def of(cls, facts: ModelFacts, n_ctx: int, kv_type: KVType, n_ubatch: int, n_outputs: int = 1) -> Sizes:
+        """The sizes of one setting; `n_outputs` tokens of a batch have their logits kept.
 
         Raises:
             BadRequest: this model's cache cannot have that type.
@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
         extra = sum(cache.n_bytes(n_ctx, kv_type, n_ubatch) for cache in facts.extra_caches)
         stage = max((t.n_bytes for layer in facts.layers for t in layer.expert_tensors), default=0)
         n, gpu = len(facts.layers), "GPU"
-        work = Work(n_ctx, kv_type, n_ubatch)
+        work = Work(n_ctx, kv_type, n_ubatch, n_outputs)
         places = [Where.all_on(CPU, n), Where.all_on(gpu, n)]
         if facts.is_moe:
             places.append(Where((gpu,) * n, (CPU,) * n, gpu))

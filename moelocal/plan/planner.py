@@ -74,6 +74,8 @@ class Plan:
     predicted: Prediction | None = None
     measured: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
+    n_outputs: int = 1  # tokens of a batch whose logits are kept
+    experts_used: int | None = None  # per token, instead of the model's own number
     overrides: tuple[tuple[str, str], ...] = ()
     workers: tuple[tuple[str, str], ...] = ()
     threads_batch: int | None = None
@@ -210,7 +212,7 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
     kept = min(best.uses[CPU].weights_bytes, max(0, left))
     disk_bytes = best.uses[CPU].weights_bytes - kept
     uses = best.uses | {CPU: replace(best.uses[CPU], weights_bytes=kept)}
-    uses = _sharpened(facts, setting, uses)
+    uses = _sharpened(facts, setting, uses, request.n_outputs)
     flags = flags_of(setting.placement)
     reasons = [*explain(facts, here, request, setting, uses, disk_bytes)]
     if history:
@@ -229,6 +231,8 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
         no_host=setting.repack and bool(flags.devices),
         reasons=tuple(reasons),
         disk_bytes=disk_bytes,
+        n_outputs=request.n_outputs,
+        experts_used=request.experts_used,
         predicted=prediction(best.seconds, turn.n_prompt),
         measured=history.measured(setting) if history else None,
         overrides=flags.overrides,
@@ -264,7 +268,7 @@ def _trials(
     for kv_type in kv_types:
         for n_ubatch in n_ubatches:
             n_ubatch = min(n_ubatch, n_ctx)
-            sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch)
+            sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch, request.n_outputs)
             searches: list[Search] = []
             found: list[Trial] = []
             for repack, load_mode in _GPU_MODES if here.gpus else _CPU_MODES:
@@ -334,7 +338,8 @@ def _grown(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, b
     copied = setting.repack or setting.load_mode == "none"
     n_ctx = setting.n_ctx
     while (n_ctx := min(most, n_ctx * 2)) > setting.n_ctx:
-        uses = placed(facts, here, setting.placement, Sizes.of(facts, n_ctx, setting.kv_type, setting.n_ubatch))
+        sizes = Sizes.of(facts, n_ctx, setting.kv_type, setting.n_ubatch, request.n_outputs)
+        uses = placed(facts, here, setting.placement, sizes)
         if not _fits(here, uses, copied) or _on_disk(here, uses) > _on_disk(here, best.uses):
             break
         setting = replace(setting, n_ctx=n_ctx)
@@ -342,12 +347,12 @@ def _grown(facts: ModelFacts, here: Machine, request: PlanRequest, turn: Turn, b
     return best
 
 
-def _sharpened(facts: ModelFacts, setting: Setting, uses: dict[str, MemoryUse]) -> dict[str, MemoryUse]:
+def _sharpened(facts: ModelFacts, setting: Setting, uses: dict[str, MemoryUse], n_outputs: int) -> dict[str, MemoryUse]:
     """Memory with the compute buffers of this very placement, in place of the most that any placement needs."""
     placement = setting.placement
     where = Where(placement.layers, placement.experts, placement.output)
-    sharp = graph_bytes(facts, GraphWork(setting.n_ctx, setting.kv_type, setting.n_ubatch), where)
-    sizes = Sizes.of(facts, setting.n_ctx, setting.kv_type, setting.n_ubatch)
+    sharp = graph_bytes(facts, GraphWork(setting.n_ctx, setting.kv_type, setting.n_ubatch, n_outputs), where)
+    sizes = Sizes.of(facts, setting.n_ctx, setting.kv_type, setting.n_ubatch, n_outputs)
 
     def use_of(use: MemoryUse) -> MemoryUse:
         most = sizes.ram_compute if use.name == CPU else sizes.compute
@@ -365,7 +370,7 @@ def _check_gpu_budgets(facts: ModelFacts, here: Machine, request: PlanRequest, n
     if not request.gpu_bytes:
         return
     n_ubatch = min(request.n_ubatch or _N_UBATCH, n_ctx)
-    sizes = Sizes.of(facts, n_ctx, request.kv_type or "f16", n_ubatch)
+    sizes = Sizes.of(facts, n_ctx, request.kv_type or "f16", n_ubatch, request.n_outputs)
     layer = min(layer.always_active_bytes + kv for layer, kv in zip(facts.layers, sizes.kv, strict=True))
     head = facts.output_bytes + facts.other_bytes + sizes.extra_kv
     least = sizes.compute + head + layer
@@ -390,7 +395,7 @@ def _too_little(facts: ModelFacts, here: Machine, request: PlanRequest, n_ctx: i
     kv_type, n_ubatch = request.kv_type or "f16", request.n_ubatch or _N_UBATCH
 
     def need(n_ctx: int) -> int:
-        sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch)
+        sizes = Sizes.of(facts, n_ctx, kv_type, n_ubatch, request.n_outputs)
         return sum(sizes.kv) + sizes.extra_kv + sizes.ram_compute + PROGRAM_BYTES
 
     shorter = n_ctx

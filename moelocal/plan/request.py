@@ -29,6 +29,8 @@ class PlanRequest:
     threads: int | None = None
     n_ubatch: int | None = None
     cpu_only: bool = False
+    n_outputs: int = 1  # tokens of a batch whose logits are kept
+    experts_used: int | None = None  # per token, instead of the model's own number
     ram_bytes: int | None = None
     gpu_bytes: tuple[tuple[str | None, int], ...] = ()
     experts_on_cpu: int | None = None
