@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "plan",
     "bench": "bench",
     "tune": "tune",
+    "experts": "experts",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""

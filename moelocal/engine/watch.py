@@ -3,8 +3,8 @@ the few that hold the choices and their weights.
 
     watch = Watch()
     with load(paths, header, plan, watch=watch) as session:
-        for done in route(session, watch, tokens): ...
-    watch.layers[3].experts  # array of ids: token 0's experts, then token 1's
+            for done in route(session, watch, tokens):
+            watch.take()[3].experts  # layer 3's choices of this batch: token 0's experts, then token 1's
 
 A context without a watch has no callback at all, so nothing here costs a normal answer anything.
 
@@ -20,6 +20,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moelocal.engine import abi, llama
@@ -56,6 +57,9 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+_NAME_AT = _Tensor.name.offset
+
+
 @dataclass(slots=True)
 class Choices:
     """What one layer's router chose: `experts` are ids, int32[n_tokens, n_used], each token's likeliest first;
@@ -77,22 +81,26 @@ class Watch:
     n_batch = _N_BATCH
 
     def __init__(self) -> None:
-        low = llama.api()
         self.layers: dict[int, Choices] = {}
-        self.callback = low.ggml_backend_sched_eval_callback(self._on_node)
-        self._get = abi.declare(low, "ggml_backend_tensor_get", [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2, None)
-        self._n_bytes = abi.declare(low, "ggml_nbytes", [ctypes.c_void_p], ctypes.c_size_t)
-        self._name = abi.declare(low, "ggml_get_name", [ctypes.c_void_p], ctypes.c_char_p)
-        self._name_at = _Tensor.name.offset
         self._known: dict[bytes, tuple[str, int] | None] = {}  # names of nodes, and what they are to us
         self._batch: dict[int, tuple[int, array[int]]] = {}  # of the batch that runs: layer, n_used and ids
         self._weights: dict[int, array[float]] = {}
         self._failure: BaseException | None = None
         self._checked = False
 
-    def clear(self) -> None:
-        """Forgets all choices."""
-        self.layers = {}
+    @cached_property
+    def callback(self) -> Any:
+        """The function for `llama_context_params.cb_eval`; made when asked for, since it opens the library."""
+        low = llama.api()
+        self._get = abi.declare(low, "ggml_backend_tensor_get", [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2, None)
+        self._n_bytes = abi.declare(low, "ggml_nbytes", [ctypes.c_void_p], ctypes.c_size_t)
+        self._name = abi.declare(low, "ggml_get_name", [ctypes.c_void_p], ctypes.c_char_p)
+        return low.ggml_backend_sched_eval_callback(self._on_node)
+
+    def take(self) -> dict[int, Choices]:
+        """The choices since the last call, by layer."""
+        taken, self.layers = self.layers, {}
+        return taken
 
     def begin(self) -> None:
         """Before a batch: what an unfinished one left is dropped."""
@@ -125,7 +133,7 @@ class Watch:
     def _on_node(self, tensor: int, ask: bool, _: Any) -> bool:
         """llama.cpp's callback. An exception must not cross into C, where it would be lost: it is told by `commit`."""
         try:
-            name = ctypes.string_at(tensor + self._name_at)
+            name = ctypes.string_at(tensor + _NAME_AT)
             try:
                 what = self._known[name]
             except KeyError:
