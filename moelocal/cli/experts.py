@@ -108,9 +108,9 @@ def _run(model: str, placement: opt.Placement, passages: list[Passage], facts: M
         placement = replace(placement, ctx=min(_N_CTX, facts.n_ctx_train or _N_CTX))
     watch = Watch()
     n_experts = {layer.index: layer.n_experts for layer in facts.layers if layer.n_experts}
-    with open_model(model, placement, verbose, raw=True, one_shot=True, watch=watch).session as session:
-        with quiet_keys(), LoadingBar("Running the text", silent=verbose) as bar:
-            return run_texts(session, watch, passages, n_experts, bar.update)
+    opened = open_model(model, placement, verbose, raw=True, one_shot=True, watch=watch)
+    with opened.session as session, quiet_keys(), LoadingBar("Running the text", silent=verbose) as bar:
+        return run_texts(session, watch, passages, n_experts, bar.update)
 
 
 def _keep(model: str, run: Run) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from moelocal.cli.console import Plain
 from moelocal.cli.screen import harmless
-from moelocal.measure.experts import CACHE_SHARES, TOP_SHARES, LayerUse, layer_use
+from moelocal.measure.experts import CACHE_SHARES, LayerUse, layer_use, top_share
 from moelocal.measure.routing import Pair, compare, mean_lru_hits
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ def _concentration(run: Run, uses: Sequence[LayerUse]) -> Table:
     for _ in CACHE_SHARES:
         table.add_column(justify="right", no_wrap=True)
     hits = mean_lru_hits(run)
-    shares = [sum(use.top_shares[i] for use in uses) / len(uses) for i in range(len(TOP_SHARES))]
-    taken = dict(zip(TOP_SHARES, shares, strict=True))
+    counts = [run.counts(use.layer) for use in uses]
+    taken = [sum(top_share(one, share) for one in counts) / len(counts) for share in CACHE_SHARES]
     table.add_row("Of each layer's experts", *(f"{share:.0%}" for share in CACHE_SHARES), style="dim")
-    table.add_row("the most used take", *(f"{taken[share]:.0%}" if share in taken else "" for share in CACHE_SHARES))
+    table.add_row("the most used take", *(f"{share:.0%}" for share in taken))
     table.add_row("the last used (LRU) would hit", *(f"{hit:.0%}" for hit in hits))
     return table
 

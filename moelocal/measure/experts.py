@@ -1,7 +1,7 @@
-"""What a sequence of router choices says: how evenly experts are used, how soon they come again, how texts differ. Pure.
+"""What router choices say: how evenly experts are used, how soon they come again, how texts differ. Pure.
 
-In: which experts each token chose, in order, taken up by a `Tally` per layer. Out: `LayerUse`, LRU hit rates, divergences
-in bits.
+In: which experts each token chose, in order, taken up by a `Tally` per layer. Out: `LayerUse`, LRU hit rates,
+divergences in bits.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Tally:
 
     `reuse`: how soon experts come again: entry d counts choices of an expert after d others were chosen since its last
     time, entry `n_experts` the first times. A cache that keeps the S experts used last (LRU) hits exactly the distances
-    below S, whatever S is. `stack` are the experts by their last time, the latest first: the next text's tally may go on
-    with it. `mass` adds up the weights that each expert's output got. `halves` are the counts of blocks of 32 tokens
+    below S, whatever S is. `stack` are the experts by their last time, the latest first: the next text's tally may go
+    on with it. `mass` adds up the weights that each expert's output got. `halves` are the counts of blocks of 32 tokens
     taken in turn: what differs between them is chance, to hold the difference of two texts against.
 
     Source: Mattson et al., Evaluation techniques for storage hierarchies, 1970 (stack distances).

@@ -1,7 +1,7 @@
 """Which experts a model was seen to use: kept on disk by what its routers are, for pruning and residency.
 
-The identity is made from the routers' weights, which quantizing leaves as they are: so a profile that was measured on one
-quantization serves the others, wherever their files lie, and a pruned or retrained model has none.
+The identity is made from the routers' weights, which quantizing leaves as they are: so a profile that was measured on
+one quantization serves the others, wherever their files lie, and a pruned or retrained model has none.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def load_usage(which: str) -> ExpertUsage | None:
 
 
 def _decoded(stored: Any) -> ExpertUsage:
-    """The inverse of `save_usage`; whatever is not as written there raises one of the errors that `load_usage` knows."""
+    """The inverse of `save_usage`; what is not as written there raises one of the errors that `load_usage` knows."""
     if not 0 < len(stored["layers"]) <= _MOST_LAYERS:
         raise ValueError("layers")
     layers = tuple(_layer(one) for one in stored["layers"])
