@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MOST_TEXT_BYTES = 16 << 20
 _N_CTX = 2048
+_LEAST_KEPT = 256  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,9 @@ def _keep(model: str, run: Run) -> None:
     from moelocal.model.store import resolve
     from moelocal.model.usage import identity, save_usage
 
+    if run.n_tokens < _LEAST_KEPT:
+        dim(f"Not kept as the profile of this model: {run.n_tokens} tokens are few, {_LEAST_KEPT} are the least.")
+        return
     path = resolve(model, lambda _: None)
     header = read_header(path)
     paths = [Path(shard) for shard in header.shards] or [path]

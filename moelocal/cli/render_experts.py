@@ -49,13 +49,13 @@ class _Paint:
 
     def legend(self) -> Text:
         """What the cells mean."""
-        text = Text("times the mean: ", style="dim").append_text(self.cell(0)).append(" never  ", style="not dim")
+        text = _small("times the mean: ").append_text(self.cell(0)).append(" never  ")
         named = [("<¼" if self.is_utf else "<1/4", 0.1), ("<½" if self.is_utf else "<1/2", 0.3)]
         named += [("<1", 0.7), ("<2", 1.5), ("<4", 3.0), ("4+", 5.0)]
         if not self.has_colour:  # shades that stand for two steps
             named = [named[1], ("<2", 1.5), ("<4", 3.0), ("4+", 5.0)]
         for name, ratio in named:
-            text.append_text(self.cell(ratio)).append(f" {name}  ", style="not dim")
+            text.append_text(self.cell(ratio)).append(f" {name}  ")
         text.rstrip()
         return text
 
@@ -88,10 +88,13 @@ def _title(run: Run, model: str, facts: ModelFacts) -> Text:
     text.append(
         f"  {n} MoE layer{'s' * (n != 1)}, {facts.n_experts} experts each, {facts.n_experts_used} per token", "not bold"
     )
-    names = ", ".join(f"{harmless(one.name)} {one.n_tokens:,}" for one in run.texts)
-    return text.append(
-        f"\n{run.n_tokens:,} tokens: {names}" if len(run.texts) > 1 else f"\n{names} tokens", "not bold dim"
-    )
+    names = [harmless(one.name) + (f" {one.n_tokens:,}" if len(run.texts) > 1 else "") for one in run.texts]
+    return text.append(f"\n{run.n_tokens:,} tokens: {', '.join(names)}", "not bold dim")
+
+
+def _small(text: str) -> Text:
+    """Small print that more is appended to."""
+    return Text().append(text, "dim")
 
 
 def cells(counts: Sequence[int], n_cells: int) -> list[float]:
@@ -117,7 +120,7 @@ def _map(run: Run, uses: Sequence[LayerUse], width: int, paint: _Paint) -> list[
         head.append(f"{'even':>7}{'max':>7}{'never':>7}")
     rows = [head]
     for use in uses:
-        row = Text(f"{use.layer:>5} ", style="dim")
+        row = _small(f"{use.layer:>5} ")
         for ratio in cells(run.counts(use.layer), room):
             row.append_text(paint.cell(ratio, cell_width))
         if has_figures:
@@ -178,9 +181,9 @@ def _difference(run: Run, pair: Pair, paint: _Paint) -> list[Text]:
         ]
         most = sorted(shares, key=lambda item: -abs(item[0]))[:3]
         changed = ", ".join(f"{expert} {change:+.0%}" for change, expert in most if abs(change) >= 0.005)
-        row = Text(f"{layer:>5} ", style="dim").append(f"{bits:.2f} ", "not dim")
+        row = _small(f"{layer:>5} ").append(f"{bits:.2f} ")
         bar = round(bits * 20)
-        row.append(("━" if paint.is_utf else "#") * bar + " " * (20 - bar), "not dim blue")
+        row.append(("━" if paint.is_utf else "#") * bar + " " * (20 - bar), "blue")
         rows.append(row.append(f" {changed}", "dim"))
     rows.append(
         Text(f"Mean {pair.mean_bits:.2f}; chance alone would make about {pair.chance_bits:.2f} of texts this long.")

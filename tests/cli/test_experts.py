@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -77,9 +76,16 @@ def test_two_texts_compared(tmp_path: Path) -> None:
     both = files(tmp_path)
     page = run("experts", "demo", "--compare", *both, *QUICK).stdout
     assert "Difference of the two texts" in page and "story.txt" in page and "chance" in page
+    assert "Kept as the profile" in run("experts", "demo", "--compare", *both, *QUICK).stderr
     [pair] = json.loads(run("experts", "demo", "--compare", *both, "--json", *QUICK).stdout)["differences"]
     assert (pair["a"], pair["b"], len(pair["layers"])) == ("story.txt", "code.py", 4)
     assert 0.05 < pair["mean_bits"] <= 1 and pair["chance_bits"] < pair["mean_bits"]
+
+
+def test_a_short_text_replaces_no_profile(home: Path) -> None:
+    done = run("experts", "demo", *QUICK, stdin=STORY[:300])
+    assert done.returncode == 0 and "Not kept" in done.stderr and "times the mean" in done.stdout
+    assert not (home / "profiles").exists()
 
 
 def test_the_picture(tmp_path: Path) -> None:
@@ -145,10 +151,6 @@ def test_ctrl_c_shows_what_was_seen(tmp_path: Path, home: Path) -> None:
     assert process.returncode == 130, err
     assert "times the mean" in out and "Interrupted" in err and "Traceback" not in err
     assert not (home / "profiles").exists()
-
-
-def cell_rows(page: str) -> list[Any]:
-    return [line for line in page.splitlines() if line[:5].strip().isdigit()]
 
 
 def test_more_experts_than_columns() -> None:
