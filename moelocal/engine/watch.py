@@ -3,7 +3,7 @@ the few that hold the choices and their weights.
 
     watch = Watch()
     with load(paths, header, plan, watch=watch) as session:
-            for done in route(session, watch, tokens):
+        for done in route(session, watch, tokens):
             watch.take()[3].experts  # layer 3's choices of this batch: token 0's experts, then token 1's
 
 A context without a watch has no callback at all, so nothing here costs a normal answer anything.
