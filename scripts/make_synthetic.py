@@ -121,9 +121,19 @@ GEOMETRIES: dict[str, Geometry] = {
         "deepseek2", 4, 128, 4, 1, 32, 600, 4096, "Q8_0", n_ff=256, n_ff_exp=64, n_expert=8, n_expert_used=2,
         n_expert_shared=1, n_dense_lead=1, extra=MLA,
     ),
+    "tiny-llama4": Geometry(
+        "llama4", 4, 128, 4, 2, 32, 600, 4096, "Q8_0", n_ff=128, n_ff_exp=64, n_expert=8, n_expert_used=1,
+        n_expert_shared=1, extra={"interleave_moe_layer_step": 1},
+    ),
     "tiny-dense": Geometry("llama", 4, 128, 4, 2, 32, 600, 4096, "F16", n_ff=256),
 }  # fmt: skip
 GEOMETRIES["qwen3moe-250m"] = replace(GEOMETRIES["qwen3moe-400m"], n_layer=6)
+GEOMETRIES["tiny-deepseek2-groups"] = replace(
+    GEOMETRIES["tiny-deepseek2"],
+    n_expert=16,
+    n_expert_used=4,
+    extra=MLA | {"expert_group_count": 4, "expert_group_used_count": 2},
+)
 GEOMETRIES["tiny-deepseek2-fused"] = replace(GEOMETRIES["tiny-deepseek2"], fused_gate_up=True)
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]

@@ -29,6 +29,7 @@ ONLY_IN = {
     "rich": {
         "cli/console.py",
         "cli/render_bench.py",
+        "cli/render_experts.py",
         "cli/render.py",
         "cli/render_plan.py",
         "cli/render_doctor.py",
@@ -59,6 +60,7 @@ PURE = [
     "plan/request.py",
     "plan/reasons.py",
     "plan/alternatives.py",
+    "measure/experts.py",
     "machine/described.py",
     "machine/defaults.py",
     "machine/cards.py",

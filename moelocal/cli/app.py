@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "plan",
     "bench": "bench",
     "tune": "tune",
+    "experts": "experts",
     "eval": "evaluate",
     "worker": "worker",
 }

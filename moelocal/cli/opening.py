@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moelocal.engine.prompt import Prompter
     from moelocal.engine.sampling import Sampling
     from moelocal.engine.session import Session
+    from moelocal.engine.watch import Watch
     from moelocal.machine.hardware import Machine
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
@@ -67,12 +68,18 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    reference: str, placement: Placement, verbose: bool = False, raw: bool = False, one_shot: bool = False
+    reference: str,
+    placement: Placement,
+    verbose: bool = False,
+    raw: bool = False,
+    one_shot: bool = False,
+    watch: Watch | None = None,
 ) -> Opened:
     """Reads, plans and loads a model, with a progress bar when that takes a while.
 
     Python modules that are needed only afterwards are imported meanwhile: llama.cpp does not hold the interpreter.
-    `one_shot`: one answer only, so the time to load counts in full, and nothing is kept to go back to.
+    `one_shot`: one answer only, so the time to load counts in full, and nothing is kept to go back to. `watch`: sees
+    which experts are chosen.
 
     Raises:
         MoelocalError: the model is not there, is damaged, does not fit, or llama.cpp refuses it.
@@ -93,9 +100,11 @@ def open_model(
     llama.offload_prompts_from(offload_min_batch(facts))
     machine = find_machine(placement.rpc or ())
     request = tuned(request, path, machine)
+    if watch is not None:
+        request = replace(request, n_outputs=watch.n_batch)
     meanwhile = threading.Thread(target=_import_what_follows, args=(raw,))
     with LoadingBar(f"Loading {facts.name or path.name}", silent=verbose) as bar:
-        loader = _Loader(path, header, bar, one_shot, meanwhile)
+        loader = _Loader(path, header, bar, one_shot, meanwhile, watch)
         history = known(path, facts, machine)
         session = loader.load(machine, lambda less: make_plan(facts, less, request, history))
     drop_silent_workers(placement.rpc or ())
@@ -195,6 +204,7 @@ class _Loader(NamedTuple):
     bar: LoadingBar
     one_shot: bool
     meanwhile: threading.Thread  # started when the interpreter has nothing else to do
+    watch: Watch | None = None
 
     def load(self, machine: Machine, plan_for: Callable[[Machine], Plan]) -> Session:
         """Loads, steps down once if needed, and remembers what worked."""
@@ -221,7 +231,7 @@ class _Loader(NamedTuple):
         if self.meanwhile.ident is None:
             sys.setswitchinterval(_SWITCH_LOADING_S)
             self.meanwhile.start()
-        session = load(paths, self.header, plan, self.bar.update, self.one_shot)
+        session = load(paths, self.header, plan, self.bar.update, self.one_shot, self.watch)
         if any(use.kind != "cpu" for use in plan.per_device):  # a GPU's memory is taken now or never
             try:
                 session.open()

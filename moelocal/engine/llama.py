@@ -331,11 +331,12 @@ def _load_error(what: str) -> LoadFailed | OutOfMemory:
     )
 
 
-def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | None) -> int:
+def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | None, on_node: Any = None) -> int:
     """Creates the context (KV cache and work buffers) and returns the `llama_context *`.
 
     Args:
         abort: a C function `bool (*)(void *)` and its argument, asked between graph nodes on the CPU.
+        on_node: a callback that sees every graph node (`watch.Watch.callback`); the caller keeps it alive.
 
     Raises:
         OutOfMemory: there is no room for the KV cache or the work buffers.
@@ -353,6 +354,8 @@ def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | No
     params.swa_full = False
     params.op_offload = plan.n_gpu_layers != 0
     params.no_perf = True
+    if on_node is not None:
+        params.cb_eval = on_node
     if abort is not None:
         params.abort_callback = ctypes.cast(abort[0], low.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(abort[1], ctypes.c_void_p)

@@ -9,7 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelocal.engine import llama
 from moelocal.engine.allocation import allocated, logged_buffers, report_differences
@@ -26,6 +26,9 @@ from moelocal.model.header import GGUFHeader
 from moelocal.plan.llama_flags import flags_of_plan
 from moelocal.plan.planner import MemoryUse, Plan
 
+if TYPE_CHECKING:
+    from moelocal.engine.watch import Watch
+
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _CHECKPOINT_BACK = 16  # tokens before the prompt's end: before the template's own opening of the answer
 
@@ -36,6 +39,7 @@ def load(
     plan: Plan,
     progress: Callable[[float], None] | None = None,
     one_shot: bool = False,
+    watch: Watch | None = None,
 ) -> Session:
     """Loads the weights as the plan says. The context is made when first needed: `reserve` can still set its size.
 
@@ -43,6 +47,7 @@ def load(
         paths: the checkpoint's files, in the order of its shards.
         progress: called with 0.0 to 1.0.
         one_shot: one answer only: no rewind point where memory cannot be cut back (recurrent, window), no huge pages.
+        watch: sees which experts are chosen, which makes everything slower.
 
     Raises:
         KeyboardInterrupt: Ctrl-C during the load.
@@ -64,6 +69,7 @@ def load(
             with prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied, not one_shot) as on_tensor:
                 model = llama.open_model(paths, plan, flags_of_plan(plan, header), on_tensor)
         session = Session(model, header, plan, interrupt, time.perf_counter() - start, not one_shot)
+        session.watch = watch
     except BaseException:
         interrupt.close()
         raise
@@ -89,6 +95,7 @@ class Session(Vocabulary):
         self.cached: list[int] = []
         self.allocated: tuple[MemoryUse, ...] = ()  # per device, once the context is made
         self.timings: Timings | None = None  # of the last answer, an interrupted one too
+        self.watch: Watch | None = None  # takes effect when the context is made
         self._buffers = logged_buffers()
         low = self._low
         self._interrupt = interrupt
@@ -143,7 +150,8 @@ class Session(Vocabulary):
         if not self._context:
             # a recurrent state half updated cannot be cut back, so there Ctrl-C waits for the batch
             abort = None if self._recurrent else self._interrupt.abort
-            self._context = llama.open_context(self._model, self.plan, self._n_ctx, abort)
+            on_node = None if self.watch is None else self.watch.callback
+            self._context = llama.open_context(self._model, self.plan, self._n_ctx, abort, on_node)
             if not self._low.llama_get_memory(self._context):
                 self._close_context()
                 raise LoadFailed(
