@@ -42,16 +42,24 @@ def remember(meter: Meter) -> None:
         line = {"version": _VERSION, "file": _file(meter.path), "machine": _machine(meter.machine, run.setting)}
         # a line that a full disk cut off is ended here
         data = b"\n" + json.dumps({**line, **_encoded(run)}, separators=(",", ":")).encode() + b"\n"
-        file = runs_file(meter.path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            if file.stat().st_size > _HALF_BYTES:
-                file.replace(_older(file))
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+        append(runs_file(meter.path), data, _HALF_BYTES)
+
+
+def append(file: Path, data: bytes, half_bytes: int) -> None:
+    """Adds lines with a single write. A file longer than `half_bytes` becomes the older half first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        if file.stat().st_size > half_bytes:
+            file.replace(_older(file))
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def read_runs(path: Path, machine: Machine) -> tuple[Run, ...]:
@@ -59,7 +67,7 @@ def read_runs(path: Path, machine: Machine) -> tuple[Run, ...]:
     found: list[Run] = []
     with suppress(OSError, BadRequest):
         its_file, newest = _file(path), runs_file(path)
-        for line in _lines_backwards((newest, _older(newest))):
+        for line in lines_backwards(newest):
             with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 stored = json.loads(line)
                 run = _decoded(stored)
@@ -72,11 +80,12 @@ def read_runs(path: Path, machine: Machine) -> tuple[Run, ...]:
     return tuple(reversed(found))
 
 
-def _lines_backwards(files: tuple[Path, ...]) -> Iterator[bytes]:
-    for file in files:
+def lines_backwards(file: Path, most_bytes: int = _MAX_BYTES) -> Iterator[bytes]:
+    """Lines that were appended, the latest first, those of the older half too; what cannot be read is not there."""
+    for half in (file, _older(file)):
         with suppress(OSError):
-            with file.open("rb") as opened:
-                data = opened.read(_MAX_BYTES)
+            with half.open("rb") as opened:
+                data = opened.read(most_bytes)
             yield from (line for line in reversed(data.split(b"\n")) if line.strip())
 
 

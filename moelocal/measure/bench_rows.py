@@ -4,7 +4,6 @@ the file of rows."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from moelocal.engine.history import append, lines_backwards
 from moelocal.measure.bench import BenchTest, Samples
 from moelocal.paths import user_home
 
@@ -131,33 +131,20 @@ class Kept(NamedTuple):
             for row, file in rows
         ]
         data = "".join("\n" + json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
-        path = _path()
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                if path.stat().st_size > _HALF_BYTES:
-                    path.replace(_older(path))
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            try:
-                os.write(descriptor, data)
-            finally:
-                os.close(descriptor)
+            append(_path(), data, _HALF_BYTES)
 
     def latest(self, row: Row, file: tuple[int, str]) -> Earlier | None:
         """The last time that this was measured here."""
-        path, key = _path(), json.loads(json.dumps(_key(row)))
-        for place in (path, _older(path)):
-            data = b""
-            with suppress(OSError), place.open("rb") as opened:
-                data = opened.read(_MAX_BYTES)
-            for line in reversed(data.split(b"\n")):
-                with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    stored = json.loads(line)
-                    same = [stored["version"], stored["machine"], stored["file"], stored["key"]]
-                    if same == [_VERSION, self.machine, list(file), key]:
-                        per_s = tuple(float(value) for value in stored["per_s"])
-                        if per_s and min(per_s) > 0:
-                            return Earlier(str(stored["when"]), str(stored["engine"]), per_s)
+        key = json.loads(json.dumps(_key(row)))
+        for line in lines_backwards(_path(), _MAX_BYTES):
+            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                stored = json.loads(line)
+                same = [stored["version"], stored["machine"], stored["file"], stored["key"]]
+                if same == [_VERSION, self.machine, list(file), key]:
+                    per_s = tuple(float(value) for value in stored["per_s"])
+                    if per_s and min(per_s) > 0:
+                        return Earlier(str(stored["when"]), str(stored["engine"]), per_s)
         return None
 
 
@@ -167,7 +154,3 @@ def _key(row: Row) -> list[Any]:
 
 def _path() -> Path:
     return user_home() / "bench.jsonl"
-
-
-def _older(path: Path) -> Path:
-    return path.with_suffix(".older.jsonl")
