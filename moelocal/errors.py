@@ -26,14 +26,6 @@ class ModelNotFound(MoelocalError):
     """A MODEL reference that leads to no file."""
 
 
-class HubError(MoelocalError):
-    """The hub, or the way there, refuses; `status` is the HTTP status, 0 without an answer."""
-
-    def __init__(self, message: str, hint: str = "", status: int = 0) -> None:
-        super().__init__(message, hint)
-        self.status = status
-
-
 class LoadFailed(MoelocalError):
     """llama.cpp refused or failed to load a model that looked fine."""
 

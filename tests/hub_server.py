@@ -46,7 +46,6 @@ class Faults:
     one)."""
 
     status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    api_body: bytes | None = None
     api_status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     ignores_ranges: bool = False
     wrong_range: bool = False
@@ -171,9 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_hub
         is_known = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
         is_api = self.path.startswith("/api/")
-        if is_api and hub.faults.api_body is not None:
-            self._body(hub.faults.api_body)
-        elif is_api and hub.faults.api_status:
+        if is_api and hub.faults.api_status:
             self._fail(*hub.faults.api_status.pop(0))
         elif "Authorization" in self.headers and hub.token is not None and not is_known:
             self._fail(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
@@ -190,13 +187,6 @@ class _Handler(BaseHTTPRequestHandler):
             lfs = {"sha256": stored.digest, "size": stored.size, "pointerSize": 130}
             siblings.append({"rfilename": name, "size": stored.size, "blobId": "0" * 40, "lfs": lfs})
         self._json({"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
-
-    def _body(self, data: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def _tree(self, repo: str) -> None:
         self._json([self._row(repo, name) for name in self.server_hub.repos[repo]])
@@ -295,7 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
             return file.read(end - start)
 
     def _json(self, value: Any) -> None:
-        self._body(json.dumps(value).encode())
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def _fail(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

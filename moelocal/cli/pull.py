@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -47,10 +46,8 @@ class Taken(NamedTuple):
 def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt.Json = False) -> None:
     """Download a model. Without a quantization, the best one for this machine is found and shown."""
     from moelocal.cli.messages import note
-    from moelocal.errors import HubError
-    from moelocal.model.cache import shelf_of
     from moelocal.model.download import check_room, download, is_here, targets_of
-    from moelocal.model.hub import list_models
+    from moelocal.model.hub import HubError, list_models
     from moelocal.model.reference import parse_reference
     from moelocal.units import format_bytes, format_seconds
 
@@ -59,32 +56,23 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
 
         guard()  # llama.cpp ends the process when a worker vanishes
     asked = _asked(model)
-    shelf = shelf_of(asked.repo)
     try:
-        listing = list_models(shelf.repo if shelf else asked.repo)  # as it is spelled here
+        listing = list_models(asked.repo)
     except HubError as error:
         if error.status == 0 and (stored := _found(asked)) is not None:
             note(f"{stored.name} is here already; the hub was not asked.")
             _tell(stored.name, stored.files, stored.quant, as_json)
             return
-        if error.status == 0 and shelf and shelf.models:
-            here = ", ".join(model.name for model in shelf.models)
-            raise HubError(error.message, f"Of it, there is here: {here}") from error
         raise
     taken = _taken(listing, asked, placement, ask=not (yes or as_json), may_choose=yes)
     if taken is None:
         return
     name = _name(asked, listing, taken.model)
-    stored = _found(named) if (named := parse_reference(name)) else None
     if is_here(listing, taken.model):
         note(f"{name} is here already.")
-        if stored is not None:  # the disk may be read-only
+        if (named := parse_reference(name)) and (stored := _found(named)) is not None:  # the disk may be read-only
             _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
             return
-    elif stored is not None and stored.owner == "lmstudio" and not asked.file:
-        note(f"{name} is here already: LM Studio has it. For a copy of your own, name its file.")
-        _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
-        return
     else:
         check_room(targets_of(listing, taken.model))
     view = _View()
@@ -156,27 +144,16 @@ def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bo
     if not may_choose and not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
             f"{listing.repo} holds {len(listing.models)} models. The best one here is {best}: {choice.reason}.",
-            f"To take it: moelocal pull {shown} --yes. Or name one: moelocal pull {_called(shown, listing, best)}",
+            f"To take it: moelocal pull {shown} --yes. Or name one: moelocal pull {shown}:{best}",
         )
     if ask:
         from moelocal.cli.render_pull import show_choice
 
         show_choice(choice)
-        _forget_typed()
     _explain(choice, best)
     best = _answer(choice, best) if ask else best
     found = next((model for model in listing.models if model.label == best), None)
     return Taken(found, choice) if found else None
-
-
-def _forget_typed() -> None:
-    """What was typed while something was measured is no answer to a later question."""
-    try:
-        import termios
-
-        termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    except (ImportError, OSError, ValueError):
-        pass
 
 
 def _explain(choice: Choice, best: str) -> None:
@@ -245,7 +222,8 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
         if choice.best is None:
             raise OutOfMemory(
                 f"No model of {listing.repo} fits this machine: {choice.reason}.",
-                _way_out(listing, choice),
+                f"Smaller ones: moelocal list --all. To get one all the same: moelocal pull {listing.repo}:"
+                f"{choice.options[0].label}",
             )
         best = choice.best.label
         if best in checked:
@@ -253,20 +231,6 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
         checked.add(best)
         model = next(model for model in listing.models if model.label == best)
         candidates[best] = candidate(model, read_remote(listing, model))
-
-
-def _way_out(listing: Listing, choice: Choice) -> str:
-    """What to do when no model of a repository can be taken."""
-    if "disk" in choice.reason:
-        return "Free some: moelocal list shows what is here, moelocal rm removes it."
-    smallest = _called(listing.repo, listing, choice.options[0].label)
-    return f"Smaller ones: moelocal list --all. To get one all the same: moelocal pull {smallest}"
-
-
-def _called(shown: str, listing: Listing, label: str) -> str:
-    """What to type for one model of a repository, whose label may be its file."""
-    is_file = any(model.label == label != model.quant for model in listing.models)
-    return shlex.quote(f"{listing.repo}/{label}" if is_file else f"{shown}:{label}")
 
 
 def _name(asked: Reference, listing: Listing, model: HubModel) -> str:
@@ -312,7 +276,7 @@ def _tell(name: str, paths: tuple[Path, ...], quant: str, as_json: bool, choice:
         print(json.dumps(_document(name, paths, quant, choice), ensure_ascii=False))
         return
     print(paths[0])
-    note(f'Run it: moelocal run {shlex.quote(name)} "Who are you?"')
+    note(f'Run it: moelocal run {name} "Who are you?"')
 
 
 class _View:

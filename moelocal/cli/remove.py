@@ -130,8 +130,7 @@ def _ask(model: str, removal: Removal) -> None:
 
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
-            f"{removal.name} would be removed, but nobody can be asked.",
-            f"Say so: moelocal rm {shlex.quote(model)} --yes",
+            f"{removal.name} would be removed, but nobody can be asked.", f"Say so: moelocal rm {model} --yes"
         )
     n = len({path.name for path in removal.entries or removal.blobs})
     note(f"{removal.name}: {n} {'file' if n == 1 else 'files'} in {removal.top}")

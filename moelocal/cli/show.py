@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -137,8 +136,7 @@ def _entry_of(reference: str, path: Path | None) -> Entry | None:
     """The catalog's entry for a model, by its name or its repository."""
     from moelocal.model.catalog import entries
 
-    is_file = os.path.isfile(reference)  # may have any name
-    name = "" if is_file else reference.partition(":")[0].lower()
+    name = reference.partition(":")[0].lower()
     folders = {part.lower() for part in path.parts} if path else set()
     for entry in entries():
         if name in (entry.name, entry.repo.lower()) or f"models--{entry.repo.replace('/', '--')}".lower() in folders:

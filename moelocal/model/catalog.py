@@ -363,8 +363,3 @@ def _expert_shapes(arch: str, g: Geometry) -> Shapes:
     if g.n_ff_shared:
         shared = _ffn_shapes(n_embd, g.n_ff_shared, "_shexp")
         yield from (row for row in shared if has_gates or not row[0].startswith("ffn_gate"))
-
-
-def has_repo(repo: str) -> bool:
-    """Whether some model of the catalog is in this repository."""
-    return any(entry.repo.lower() == repo.lower() for entry in entries())

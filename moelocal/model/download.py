@@ -15,11 +15,10 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from moelocal.errors import BadGGUF, MoelocalError
-from moelocal.model.header import merge_shards, parse_header
+from moelocal.errors import MoelocalError
 from moelocal.model.hub import HubModel, Listing, hub_utils, patiently, translated
 from moelocal.model.store import made_folder
 from moelocal.model.transfer import Target, Transfer, bytes_here
@@ -79,32 +78,8 @@ def download(listing: Listing, model: HubModel, watch: Watch) -> tuple[Path, ...
         report(index, target.n_bytes)
     if model.is_cut:
         return (targets[0].path,)
-    if len(targets) > 1:
-        _check_together(model, targets)
     with translated(listing.repo), _writing(folder):
         return tuple(_named(listing, file.path, target) for file, target in zip(model.files, targets, strict=True))
-
-
-def _check_together(model: HubModel, targets: list[Target]) -> None:
-    """Before shards get their names: whether they are those of one model. Else they are removed.
-
-    Raises:
-        MoelocalError: they are not.
-    """
-    headers = []
-    try:
-        for file, target in zip(model.files, targets, strict=True):
-            with target.path.open("rb") as stream:
-                header = parse_header(stream, target.n_bytes, file.path)
-            headers.append(replace(header, shards=(file.path,)))
-        merge_shards(headers)
-    except BadGGUF as error:
-        for target in targets:
-            target.path.unlink(missing_ok=True)
-        raise MoelocalError(
-            f"These files came as they are on the hub, but do not belong together: {error.message}. They were removed.",
-            "Choose another quantization, or another repository.",
-        ) from error
 
 
 def targets_of(listing: Listing, model: HubModel) -> list[Target]:

@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-from moelocal.errors import HubError, ModelNotFound, MoelocalError
-from moelocal.model import hub_settings as settings
+from moelocal.errors import ModelNotFound, MoelocalError
 from moelocal.model.quants import quant_in_name
 from moelocal.model.reference import is_safe
 from moelocal.model.stored import is_model
@@ -38,6 +37,14 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """Answers of a server that may be different a little later."""
 
 T = TypeVar("T")
+
+
+class HubError(MoelocalError):
+    """The hub, or the way there, refuses; `status` is the HTTP status, 0 without an answer."""
+
+    def __init__(self, message: str, hint: str = "", status: int = 0) -> None:
+        super().__init__(message, hint)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +122,10 @@ def list_models(repo: str) -> Listing:
         ModelNotFound: no such repository, or no GGUF file in it.
         HubError: the hub refuses, or there is no way to it.
     """
-    settings.check()
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
     def ask() -> Any:
-        try:
-            return HfApi(library_name="moelocal").model_info(repo, files_metadata=True, timeout=_TIMEOUT_S)
-        except errors.HFValidationError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise _strange() from error
+        return HfApi(library_name="moelocal").model_info(repo, files_metadata=True, timeout=_TIMEOUT_S)
 
     try:
         with translated(repo):
@@ -133,22 +134,20 @@ def list_models(repo: str) -> Listing:
         hint = "Set HF_HOME to a folder of your own."
         raise MoelocalError(f"{error.filename or 'HF_HOME'} cannot be read: {error.strerror}.", hint) from error
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-        raise _strange()
-    files, names = [], []
+        raise HubError(
+            f"{_site()} gives no version of {repo}: it does not speak as the hub does.", "Check HF_ENDPOINT."
+        )
+    files = []
     for entry in info.siblings or ():
         lfs = getattr(entry, "lfs", None)
-        name, digest, n_bytes = entry.rfilename, lfs.sha256 if lfs else entry.blob_id, lfs.size if lfs else entry.size
-        if not isinstance(name, str):
-            continue
-        names.append(name)
-        is_sized = isinstance(n_bytes, int) and 0 < n_bytes < _MOST_BYTES
-        if is_sized and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
-            files.append(HubFile(name, n_bytes, digest))
+        digest = lfs.sha256 if lfs else entry.blob_id or ""
+        n_bytes = (lfs.size if lfs else entry.size) or 0
+        if 0 < n_bytes < _MOST_BYTES and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+            files.append(HubFile(entry.rfilename, n_bytes, digest))
     models, incomplete = group(files)
     if not models:
-        raise _without_models(repo, names, incomplete)
-    name = info.id if isinstance(info.id, str) and info.id.lower() == repo.lower() else repo  # as the hub spells it
-    return Listing(name, str(info.sha), models, incomplete)
+        raise _without_models(repo, [entry.rfilename for entry in info.siblings or ()], incomplete)
+    return Listing(repo, str(info.sha), models, incomplete)
 
 
 def _without_models(repo: str, names: list[str], incomplete: tuple[str, ...]) -> ModelNotFound:
@@ -161,20 +160,8 @@ def _without_models(repo: str, names: list[str], incomplete: tuple[str, ...]) ->
             f"{repo} holds no GGUF file, but a checkpoint to make one from.",
             f"Convert it: moelocal convert {repo}, or look for a repository named like {repo.rpartition('/')[2]}-GGUF.",
         )
-    if any(name.lower().endswith(".gguf") for name in names):
-        return ModelNotFound(
-            f"{repo} holds no model: its GGUF files are parts of one (mmproj, imatrix), or cannot be files here.",
-            "Choose another repository.",
-        )
     return ModelNotFound(
         f"{repo} holds no model: there is no GGUF file in it.", "Look for a repository named ...-GGUF."
-    )
-
-
-def _strange() -> HubError:
-    return HubError(
-        f"{_site()} does not answer as the Hugging Face hub does.",
-        "Perhaps this network wants a login first: open a page in a browser. Else check HF_ENDPOINT and the proxy.",
     )
 
 
@@ -246,9 +233,7 @@ def pick(listing: Listing, quant: str = "", file: str = "") -> HubModel:
         names = ", ".join(f"{listing.repo}/{model.files[0].path}" for model in found[:4])
         raise ModelNotFound(f"{listing.repo} holds {len(found)} models of type {quant}.", f"Name its file: {names}")
     if not found:
-        half = any(_bare(quant_in_name(stem)) == _bare(wanted) for stem in listing.incomplete)
-        what = "only a part of" if half else "no"
-        raise ModelNotFound(f"{listing.repo} holds {what} {quant!r:.60}.", _there(listing))
+        raise ModelNotFound(f"{listing.repo} holds no {quant!r:.60}.", _there(listing))
     return found[0]
 
 
@@ -311,13 +296,12 @@ def translated(repo: str) -> Iterator[None]:
         raise _gated(repo, error.response.status_code) from error
     except errors.OfflineModeIsEnabled as error:
         raise HubError(
-            f"HF_HUB_OFFLINE forbids to ask the hub for {repo}.", "Unset HF_HUB_OFFLINE. What is here works offline."
+            f"{repo} is not on this disk, and HF_HUB_OFFLINE forbids to look for it.", "Unset HF_HUB_OFFLINE."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        from moelocal.model.catalog import has_repo as catalog_has
         from moelocal.model.store import alike
 
-        close = [] if catalog_has(repo) else alike(repo)
+        close = alike(repo)
         check = f"Did you mean {' or '.join(close)}?" if close else "Check the name."
         raise ModelNotFound(
             f"There is no repository {repo} on {_site()}, or it is private.",
@@ -379,7 +363,7 @@ def unreachable(error: Any) -> HubError:
         return HubError(f"{_site()} sends from one address to another without an end.", "Try again later.")
     if isinstance(error, (http().UnsupportedProtocol, http().InvalidURL)):
         return HubError(f"{_site()} leads to an address that cannot be: {error}.", "Check HF_ENDPOINT and the proxy.")
-    text = str(error).rstrip(".") or type(error).__name__
+    text = str(error) or type(error).__name__
     site = _site()
     with suppress(AttributeError, RuntimeError):  # what the request was sent on to may be another host
         site = error.request.url.netloc.decode("ascii", "replace")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from moelocal.errors import HubError
 from moelocal.model.hub import (
     RETRIED,
+    HubError,
     HubFile,
     client,
     endpoint,

@@ -10,11 +10,9 @@ Looks at no disk.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from moelocal.errors import BadRequest
 
@@ -22,14 +20,13 @@ if TYPE_CHECKING:
     from moelocal.model.catalog import Entry
 
 _SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
-_REVISION = re.compile(r"^((?:[^/]+/){2})(?:blob|resolve|raw|tree)/([^/]+)/?")
+_REVISION = re.compile(r"^((?:[^/]+/){2})(?:blob|resolve|raw|tree)/[^/]+/?")
 _QUERY = re.compile(r"[?#].*$")
 _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_WORD}/{_WORD}", re.ASCII)
 _MAX_REPO_CHARS = 96  # the hub's
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _QUANT = re.compile(r"[\w.-]{1,40}", re.ASCII)
-_MAX_NAME_BYTES = 230  # file systems take 255, and a file has another ending while it is fetched
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:]")
 
 
@@ -64,15 +61,9 @@ def parse_reference(text: str) -> Reference | None:
         BadRequest: a file of a repository that would lie outside of it.
     """
     text = text.strip()
-    rest = _on_hub(text)
+    rest = _SITE.sub("", text, count=1) if _SITE.match(text) else text
     if rest != text:
-        rest = _QUERY.sub("", rest)
-        if (match := _REVISION.match(rest)) and match[2] != "main":
-            raise BadRequest(
-                f"{shortened(text)} is of the version {match[2]}, and only the newest can be used.",
-                f"Without it: {match[1].strip('/')}",
-            )
-        rest = unquote(_REVISION.sub(r"\1", rest)).strip("/")
+        rest = _REVISION.sub(r"\1", _QUERY.sub("", rest)).strip("/")
     if "/" not in rest:
         return _named(text, rest)
     owner, _, more = rest.partition("/")
@@ -90,14 +81,6 @@ def parse_reference(text: str) -> Reference | None:
     return Reference(text, repo, repo, quant, file, _entry_of(repo))
 
 
-def _on_hub(text: str) -> str:
-    """What stands in an address behind the hub's name; other texts as they are."""
-    if _SITE.match(text):
-        return _SITE.sub("", text, count=1)
-    site = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    return text[len(site) + 1 :] if site and text.startswith(f"{site}/") else text
-
-
 def is_repo(name: str) -> bool:
     """Whether the hub would take this for `owner/repo`."""
     plain = "--" not in name and ".." not in name and not name.endswith(".git")
@@ -107,12 +90,7 @@ def is_repo(name: str) -> bool:
 def is_safe(file: str) -> bool:
     """Whether a file's name in a repository stays inside wherever it is put, on any system."""
     parts = file.split("/")
-    if _UNSAFE.search(file) or len(file) >= 1000 or not all(part.strip(". ") for part in parts):
-        return False
-    try:
-        return all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
+    return not _UNSAFE.search(file) and all(part.strip(". ") for part in parts) and len(file) < 1000
 
 
 def _named(text: str, rest: str) -> Reference | None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from moelocal.errors import BadGGUF, HubError, MoelocalError
+from moelocal.errors import BadGGUF, MoelocalError
 from moelocal.model.cache import PARTIAL
 from moelocal.model.header import parse_header
-from moelocal.model.hub import HubFile
+from moelocal.model.hub import HubError, HubFile
 from moelocal.model.ranges import RemoteFile
 
 _MOST_LINES = 4

@@ -167,45 +167,6 @@ def test_refusals(run: Run, args: tuple[str, ...], texts: tuple[str, ...]) -> No
         assert text in done.stderr
 
 
-def test_another_spelling_is_the_same_repository(run: Run, hub: HubServer, tmp_path: Path) -> None:
-    assert run("pull", f"{REPO}:Q2_K").returncode == 0
-    again = run("pull", f"{REPO.upper()}:Q2_K")
-    assert again.returncode == 0 and "here already" in again.stderr, again.stderr
-    assert len(list((tmp_path / "hf" / "hub").glob("models--*"))) == 1
-
-
-def test_a_command_to_copy_is_quoted(run: Run, hub: HubServer) -> None:
-    hub.add("owner/odd-GGUF", "a b;$(id).gguf", hub.repos[REPO]["tiny-Q4_K_M.gguf"].data)
-    done = run("pull", "owner/odd-GGUF/a b;$(id).gguf")
-    assert done.returncode == 0 and "run 'owner/odd-GGUF/a b;$(id).gguf' " in done.stderr
-
-
-def test_a_login_page_does_not_hide_what_is_here(run: Run, hub: HubServer) -> None:
-    assert run("pull", f"{REPO}:Q2_K").returncode == 0
-    hub.faults.api_body = b"<html>Please log in</html>"
-    try:
-        here = run("pull", f"{REPO}:Q2_K")
-        assert here.returncode == 0 and "here already" in here.stderr
-        other = run("pull", f"{REPO}:Q8_0")
-        assert other.returncode == 1 and f"there is here: {REPO}:Q2_K" in other.stderr
-        assert "does not answer as" in other.stderr and "Traceback" not in other.stderr
-        known = run("plan", "qwen3-30b-a3b", "--machine", "ram=64GiB")
-        assert known.returncode == 0 and "catalog knows" in known.stderr
-    finally:
-        hub.faults.api_body = None
-
-
-def test_lm_studios_copy_is_used(run: Run, hub: HubServer, tmp_path: Path) -> None:
-    home = tmp_path / "person"
-    model = home / ".lmstudio" / "models" / REPO / "tiny-Q4_K_M.gguf"
-    model.parent.mkdir(parents=True)
-    data = hub.repos[REPO]["tiny-Q4_K_M.gguf"].data
-    assert isinstance(data, bytes)
-    model.write_bytes(data)
-    done = run("pull", f"{REPO}:Q4_K_M", HOME=str(home))
-    assert done.returncode == 0 and "LM Studio has it" in done.stderr and done.stdout.strip() == str(model)
-
-
 def test_no_way_to_the_hub(run: Run) -> None:
     for command in ("pull", "plan"):
         done = run(command, f"{REPO}:Q4_K_M", HF_ENDPOINT="http://127.0.0.1:9")
