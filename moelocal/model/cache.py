@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moelocal.model.reference import is_repo
-from moelocal.model.stored import Half, Stored, called, files_below, models_among, quant_of
+from moelocal.model.stored import Half, Stored, all_files, called, files_below, models_among, quant_of
 from moelocal.paths import hub_folder
 
 _PREFIX = "models--"
 PARTIAL = ".moelocal.incomplete"  # the end of a file's name while we fetch it
-_DEPTH = 4  # folders in a repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def read_shelf(repo: str, folder: Path, name: str) -> Shelf:
     seen: dict[str, Stored] = {}
     halves: dict[str, Half] = {}
     for snapshot in snapshots(folder):
-        whole, parts = models_among(files_below(snapshot, _DEPTH))
+        whole, parts = models_among(all_files(snapshot))
         for files in whole:
             paths = tuple(snapshot / file for file in files)
             seen.setdefault(files[0], Stored("", paths, "hub", quant_of(files[0]), repo, files[0]))
@@ -116,7 +115,7 @@ def leftovers(folder: Path) -> list[Path]:
     """Blobs in a repository's folder that no version names: downloads that have not ended, or not all of a model."""
     named = set()
     for snapshot in snapshots(folder):
-        named |= {os.path.realpath(snapshot / file) for file in files_below(snapshot)}
+        named |= {os.path.realpath(snapshot / file) for file in all_files(snapshot)}
     return [
         folder / "blobs" / file
         for file in files_below(folder / "blobs", depth=1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moelocal.errors import BadRequest, MoelocalError
 from moelocal.model.cache import Shelf, allocated, leftovers, snapshots
-from moelocal.model.stored import Stored, files_below, stem_of
+from moelocal.model.stored import Stored, all_files, files_below, stem_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +46,34 @@ def plan_removal(model: Stored) -> Removal:
     if model.owner == "hub":
         return _from_cache(model)
     top = model.path.parents[len(Path(model.file).parts) - 1]
-    freed, shared = _freed(model.files, model.files)
+    freed, shared = _freed([path for path in model.files if not path.is_symlink()], model.files)
     return Removal(model.name, model.files, (), freed, shared, top)
 
 
 def _from_cache(model: Stored) -> Removal:
     """All versions of the model's files go."""
     folder = model.path.parents[len(Path(model.file).parts) + 1]
-    gone: list[Path] = []
-    kept: list[Path] = []
     prefix = model.file.rpartition("/")[0]
     names = {f"{prefix}/{file.name}" if prefix else file.name for file in model.files}
+    gone, blobs = _named_and_blobs(folder, names.__contains__)
+    behind = dict.fromkeys(path.resolve() for path in gone)
+    plain = tuple(path for path in gone if not path.is_symlink())
+    freed, shared = _freed((*blobs, *plain), behind)
+    return Removal(model.name, tuple(gone), blobs, freed, shared, folder)
+
+
+def _named_and_blobs(folder: Path, is_going: Callable[[str], bool]) -> tuple[list[Path], tuple[Path, ...]]:
+    """Files of all versions of a repository in the cache that are going, by name, and the blobs behind them to which
+    nothing leads then."""
+    gone: list[Path] = []
+    kept: list[Path] = []
     for snapshot in snapshots(folder):
-        for name in files_below(snapshot):
-            (gone if name in names else kept).append(snapshot / name)
+        for name in all_files(snapshot):
+            (gone if is_going(name) else kept).append(snapshot / name)
     inside = (folder / "blobs").resolve()
     still = {path.resolve() for path in kept}
-    links = [path for path in gone if path.is_symlink()]
-    behind = dict.fromkeys(path.resolve() for path in links)
-    blobs = tuple(blob for blob in behind if blob not in still and blob.parent == inside)
-    plain = tuple(path for path in gone if not path.is_symlink())
-    freed, shared = _freed((*blobs, *plain), (*behind, *plain))
-    return Removal(model.name, tuple(gone), blobs, freed, shared, folder)
+    behind = dict.fromkeys(path.resolve() for path in gone if path.is_symlink())
+    return gone, tuple(blob for blob in behind if blob not in still and blob.parent == inside)
 
 
 def plan_begun(repo: str, begun: list[Path], top: Path) -> Removal | None:
@@ -79,15 +85,10 @@ def plan_begun(repo: str, begun: list[Path], top: Path) -> Removal | None:
 def plan_leftovers(shelf: Shelf) -> Removal | None:
     """What would go of a repository that is here only in part: all that is no whole model; None: there is nothing."""
     stems = {stem_of(half.file) for half in shelf.halves}
-    entries = [
-        snapshot / file
-        for snapshot in snapshots(shelf.folder)
-        for file in files_below(snapshot)
-        if file.lower().endswith(".gguf") and stem_of(file) in stems
-    ]
-    inside = (shelf.folder / "blobs").resolve()
-    behind = {path.resolve() for path in entries if path.is_symlink()}
-    blobs = (*leftovers(shelf.folder), *(blob for blob in behind if blob.parent == inside))
+    entries, behind = _named_and_blobs(
+        shelf.folder, lambda file: file.lower().endswith(".gguf") and stem_of(file) in stems
+    )
+    blobs = (*leftovers(shelf.folder), *behind)
     if not entries and not blobs:
         return None
     going = (*blobs, *(path for path in entries if not path.is_symlink()))

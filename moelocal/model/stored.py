@@ -106,6 +106,17 @@ def files_below(folder: Path, depth: int = 4) -> list[str]:
     return found
 
 
+def all_files(folder: Path) -> list[str]:
+    """The same without a limit, and in hidden folders too: all that may lead to a blob of the cache. Links to folders
+    are not followed, which the cache does not make."""
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        prefix = Path(place).relative_to(folder)
+        found += [(prefix / name).as_posix() for name in sorted(names) if os.path.isfile(os.path.join(place, name))]
+    return found
+
+
 def _walk(folder: str, prefix: str, depth: int) -> Iterator[str]:
     try:
         with os.scandir(folder) as listing:

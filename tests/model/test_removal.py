@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moelocal.errors import BadRequest, MoelocalError
-from moelocal.model.removal import Removal, plan_removal, remove
+from moelocal.model.cache import shelf_of, unfinished
+from moelocal.model.removal import Removal, plan_leftovers, plan_removal, remove
 from moelocal.model.store import models_here
 from tests.model.stores import Places, places, shards, tiny_model
 
@@ -152,3 +153,39 @@ def test_a_disk_that_refuses_is_told(places: Places, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(MoelocalError, match="Permission denied"):
         remove(removal_of("o/r:Q4_K_M"))
+
+
+def test_links_of_any_depth_and_hidden_ones_are_users_of_a_blob(places: Places) -> None:
+    places.cached("o/ot-GGUF", "m-Q4_0.gguf", tiny_model())
+    kept = [
+        places.cached("o/ot-GGUF", ".eval_results/res.yaml", b"1"),
+        places.cached("o/ot-GGUF", "a/b/c/d/e/notes.bin", b"22"),
+        places.cached("o/ot-GGUF", ".backup/m-copy.txt", tiny_model()),
+    ]
+    shelf = shelf_of("o/ot-GGUF")
+    assert shelf is not None and unfinished(shelf.folder) == 0 and plan_leftovers(shelf) is None
+    remove(removal_of("o/ot-GGUF:Q4_0"))
+    assert [path.stat().st_size for path in kept] == [1, 2, len(tiny_model())]
+
+
+def test_a_shard_without_the_others_keeps_a_blob_that_something_names(places: Places, tmp_path: Path) -> None:
+    file, data = next(iter(shards(tmp_path, "big-Q4_K_M").items()))
+    places.cached("o/half", file, data)
+    copy = places.cached("o/half", ".backup/copy.txt", data)
+    shelf = shelf_of("o/half")
+    assert shelf is not None
+    removal = plan_leftovers(shelf)
+    assert removal is not None and removal.freed_bytes == 0
+    remove(removal)
+    assert copy.read_bytes() == data
+
+
+def test_a_link_among_the_models_made_here_frees_nothing(places: Places) -> None:
+    target = places.folder / "elsewhere.gguf"
+    target.write_bytes(tiny_model())
+    link = places.made("other-Q8_0.gguf", tiny_model(seed=1)).with_name("mine-Q4_0.gguf")
+    link.symlink_to(target)
+    removal = removal_of("mine-Q4_0")
+    assert removal.freed_bytes == 0
+    remove(removal)
+    assert target.exists() and not link.is_symlink()

@@ -265,3 +265,11 @@ def test_links_in_a_circle_end(places: Places) -> None:
     snapshot = places.cached("o/r", "m-Q4_K_M.gguf", tiny_model()).parent
     (snapshot / "loop").symlink_to(snapshot)
     assert [model.file for model in models_here()] == ["m-Q4_K_M.gguf"]
+
+
+@pytest.mark.parametrize("file", ["a/b/c/d/m-Q4_0.gguf", "a/b/c/d/e/f/m-Q4_0.gguf", ".hidden/m-Q4_0.gguf"])
+def test_models_of_the_cache_in_any_folder(places: Places, file: str) -> None:
+    link = places.cached("o/deep-GGUF", file, tiny_model())
+    assert names() == ["o/deep-GGUF:Q4_0"]
+    for reference in ("o/deep-GGUF", "o/deep-GGUF:Q4_0", f"o/deep-GGUF/{file}"):
+        assert resolve(reference) == link
