@@ -47,6 +47,8 @@ class Faults:
 
     status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     api_status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    api_answer: bytes | None = None
+    """What is sent with status 200 instead of a repository's contents."""
     ignores_ranges: bool = False
     wrong_range: bool = False
     size_told: int | None = None
@@ -172,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = self.path.startswith("/api/")
         if is_api and hub.faults.api_status:
             self._fail(*hub.faults.api_status.pop(0))
+        elif is_api and hub.faults.api_answer is not None:
+            self._send_json(hub.faults.api_answer)
         elif "Authorization" in self.headers and hub.token is not None and not is_known:
             self._fail(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif repo not in hub.repos or (hub.token and not is_known and repo not in hub.gated):
@@ -285,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
             return file.read(end - start)
 
     def _json(self, value: Any) -> None:
-        data = json.dumps(value).encode()
+        self._send_json(json.dumps(value).encode())
+
+    def _send_json(self, data: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -75,7 +75,7 @@ def header_of(reference: str) -> tuple[GGUFHeader, Path | None]:
             raise
     else:
         return read_header(path), path
-    from moelocal.model.hub import HubError
+    from moelocal.model.client import HubError
     from moelocal.model.remote import open_header
 
     try:

@@ -46,8 +46,9 @@ class Taken(NamedTuple):
 def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt.Json = False) -> None:
     """Download a model. Without a quantization, the best one for this machine is found and shown."""
     from moelocal.cli.messages import note
+    from moelocal.model.client import HubError
     from moelocal.model.download import check_room, download, is_here, targets_of
-    from moelocal.model.hub import HubError, list_models
+    from moelocal.model.hub import list_models
     from moelocal.model.reference import parse_reference
     from moelocal.units import format_bytes, format_seconds
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moelocal.errors import MoelocalError
-from moelocal.model.hub import HubModel, Listing, hub_utils, patiently, translated
+from moelocal.model.client import hub_utils, patiently, prepare, translated
+from moelocal.model.hub import HubModel, Listing
 from moelocal.model.store import made_folder
 from moelocal.model.transfer import Target, Transfer, bytes_here
 from moelocal.units import format_bytes
@@ -94,6 +95,7 @@ def targets_of(listing: Listing, model: HubModel) -> list[Target]:
 
 def cache_folder(repo: str) -> Path:
     """Where the Hugging Face cache keeps a repository."""
+    prepare()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"

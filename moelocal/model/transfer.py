@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moelocal.errors import BadGGUF, MoelocalError
 from moelocal.model.cache import PARTIAL
+from moelocal.model.client import HubError
 from moelocal.model.header import parse_header
-from moelocal.model.hub import HubError, HubFile
+from moelocal.model.hub import HubFile
 from moelocal.model.ranges import RemoteFile
 
 _MOST_LINES = 4

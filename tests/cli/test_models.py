@@ -21,7 +21,7 @@ from moelocal.cli.listing import _offers
 from moelocal.cli.render_models import show_offers
 from moelocal.machine.described import parse_machine
 from moelocal.model.catalog import entries, facts_of
-from moelocal.model.hub import hub_utils
+from moelocal.model.client import hub_utils
 from moelocal.plan.outcome import outcome, sentence
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest

@@ -266,3 +266,48 @@ def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: py
     shown = capsys.readouterr().err
     assert "all\u00a020\u00a0files" in shown and "80.0/80.0 GiB" in shown and "long-name-00005" in shown
     assert "\x1b[31mlong" not in shown
+
+
+def test_a_login_page_is_like_no_way_to_the_hub(run: Run, hub: HubServer) -> None:
+    assert run("pull", f"{REPO}:Q2_K").returncode == 0
+    hub.faults.api_answer = b"<html>Welcome to our hotel"
+    try:
+        here = run("pull", f"{REPO}:Q2_K")
+        assert here.returncode == 0 and "the hub was not asked" in here.stderr
+        planned = run("plan", "qwen3-30b-a3b", "--json", "--machine", "ram=64GiB")
+        assert planned.returncode == 0 and "catalog knows" in planned.stderr
+        assert run("show", "qwen3-30b-a3b").returncode == 0
+        done = run("pull", f"{REPO}:Q8_0")
+        assert done.returncode == 1 and "does not answer like" in done.stderr and "Traceback" not in done.stderr
+    finally:
+        hub.faults.api_answer = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("HTTP_PROXY", "socks5://127.0.0.1:9"),
+        ("HTTP_PROXY", "ftp://x:1"),
+        ("HTTP_PROXY", "http://[::1"),
+        ("HF_TOKEN", "hf_äöü"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999"),
+        ("HF_ENDPOINT", "http://127.0.0.1:abc"),
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", "127.0.0.1:9"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(run: Run, name: str, value: str) -> None:
+    done = run("pull", f"{REPO}:Q8_0", "--json", **{name: value})
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
+    assert name in done.stderr.splitlines()[0]
+    planned = run("plan", "qwen3-30b-a3b:Q6_K", "--json", "--machine", "ram=64GiB", **{name: value})
+    assert json.loads(planned.stdout)["model"]["n_experts"] == 128 and name in planned.stderr
+
+
+def test_a_setting_that_is_empty_is_not_set(env: dict[str, str], tmp_path: Path) -> None:
+    code = "from moelocal.model.client import endpoint\nfrom moelocal.model.download import cache_folder\n"
+    code += "from moelocal.paths import hub_folder\nprint(endpoint(), cache_folder('o/r').parent == hub_folder())"
+    empty = dict.fromkeys(("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"), "")
+    done = subprocess.run([sys.executable, "-c", code], env=env | empty, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "https://huggingface.co True\n", done.stderr

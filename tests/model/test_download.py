@@ -17,8 +17,9 @@ import pytest
 
 from moelocal.errors import ModelNotFound, MoelocalError
 from moelocal.model import catalog
+from moelocal.model.client import HubError
 from moelocal.model.download import Progress, check_room, download, targets_of
-from moelocal.model.hub import HubError, list_models, pick
+from moelocal.model.hub import list_models, pick
 from moelocal.model.store import resolve
 from moelocal.model.transfer import bytes_here
 from tests.conftest import ROOT
