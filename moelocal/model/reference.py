@@ -25,6 +25,7 @@ _QUERY = re.compile(r"[?#].*$")
 _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_WORD}/{_WORD}", re.ASCII)
 _MAX_REPO_CHARS = 96  # the hub's
+_MAX_PART_BYTES = 255  # of a file's or a folder's name, on most file systems
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _QUANT = re.compile(r"[\w.-]{1,40}", re.ASCII)
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:]")
@@ -89,8 +90,15 @@ def is_repo(name: str) -> bool:
 
 def is_safe(file: str) -> bool:
     """Whether a file's name in a repository stays inside wherever it is put, on any system."""
-    parts = file.split("/")
-    return not _UNSAFE.search(file) and all(part.strip(". ") for part in parts) and len(file) < 1000
+    try:
+        parts = [part.encode() for part in file.split("/")]
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can have it
+        return False
+    return (
+        not _UNSAFE.search(file)
+        and all(part.strip(b". ") and len(part) <= _MAX_PART_BYTES for part in parts)
+        and len(file) < 1000
+    )
 
 
 def _named(text: str, rest: str) -> Reference | None:

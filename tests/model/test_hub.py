@@ -70,7 +70,16 @@ def test_split_models_that_lack_a_file() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../m-Q4_0.gguf", "/etc/m-Q4_0.gguf", "a/../../m-Q4_0.gguf", "a\\..\\m-Q4_0.gguf", "C:m-Q4_0.gguf", "a\nb.gguf"],
+    [
+        "../m-Q4_0.gguf",
+        "/etc/m-Q4_0.gguf",
+        "a/../../m-Q4_0.gguf",
+        "a\\..\\m-Q4_0.gguf",
+        "C:m-Q4_0.gguf",
+        "a\nb.gguf",
+        "x" * 300 + "-Q4_0.gguf",
+        "\ud800-Q4_0.gguf",
+    ],
 )
 def test_hostile_names_are_not_taken(name: str) -> None:
     assert labels(name, "good-Q4_0.gguf") == ["Q4_0"]
