@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _PIECE = 64 << 10
@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._file_headers(stored)
         self.send_header("X-Linked-Etag", f'"{stored.digest}"')
         self.send_header("X-Linked-Size", str(stored.size))
-        self.send_header("Location", where.replace(" ", "%20"))
+        self.send_header("Location", quote(where, safe=":/"))
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -180,14 +180,13 @@ def translated(repo: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise _gated(repo, error.response.status_code) from error
     except errors.OfflineModeIsEnabled as error:
-        raise HubError(
-            f"{repo} is not on this disk, and HF_HUB_OFFLINE forbids to look for it.", "Unset HF_HUB_OFFLINE."
-        ) from error
+        raise HubError(f"HF_HUB_OFFLINE forbids to look for {repo} on the hub.", "Unset HF_HUB_OFFLINE.") from error
     except errors.RepositoryNotFoundError as error:
+        from moelocal.model.catalog import entries
         from moelocal.model.store import alike
 
-        close = alike(repo)
-        check = f"Did you mean {' or '.join(close)}?" if close else "Check the name."
+        close = [] if any(entry.repo.lower() == repo.lower() for entry in entries()) else alike(repo)
+        check = f"Did you mean {' or '.join(close)}?" if close else "Check the name, and HF_ENDPOINT if it is set."
         raise ModelNotFound(
             f"There is no repository {repo} on {_site()}, or it is private.",
             f"{check} For a private one, log in: hf auth login, or set HF_TOKEN.",

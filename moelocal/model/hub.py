@@ -7,6 +7,8 @@ model = pick(listing, "Q4_K_M")        # its files with sizes and checksums: one
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,9 +133,22 @@ def _without_models(repo: str, names: list[str], incomplete: tuple[str, ...]) ->
             f"{repo} holds no GGUF file, but a checkpoint to make one from.",
             f"Convert it: moelocal convert {repo}, or look for a repository named like {repo.rpartition('/')[2]}-GGUF.",
         )
+    if left_out := next((name for name in names if name.lower().endswith(".gguf")), ""):
+        return ModelNotFound(
+            f"{repo} holds no model: {left_out!r:.90} is left out, since {_why_left_out(left_out)}.",
+            "Look for another repository named ...-GGUF.",
+        )
     return ModelNotFound(
         f"{repo} holds no model: there is no GGUF file in it.", "Look for a repository named ...-GGUF."
     )
+
+
+def _why_left_out(file: str) -> str:
+    if not is_safe(file):
+        return "no file on a disk can be called so"
+    if not is_model(file):
+        return "by its name it is a projector or an importance matrix"
+    return "the hub tells no size or no checksum of it"
 
 
 def group(files: list[HubFile]) -> tuple[tuple[HubModel, ...], tuple[str, ...]]:
@@ -163,9 +178,13 @@ def group(files: list[HubFile]) -> tuple[tuple[HubModel, ...], tuple[str, ...]]:
         if first > latest or sorted(found) != list(whole):
             incomplete.append(stem)
             continue
-        quant = quant_in_name(stem.rpartition("/")[2]) or quant_in_name(stem) or "unknown"
+        quant = _quant_of(stem)
         models.append(HubModel(quant, quant, stem, tuple(found[i] for i in whole), is_cut))
     return _labelled(sorted(models, key=lambda model: (model.n_bytes, model.stem))), tuple(incomplete)
+
+
+def _quant_of(stem: str) -> str:
+    return quant_in_name(stem.rpartition("/")[2]) or quant_in_name(stem) or "unknown"
 
 
 def _piece_number(match: re.Match[str]) -> int:
@@ -196,16 +215,28 @@ def pick(listing: Listing, quant: str = "", file: str = "") -> HubModel:
         for model in listing.models:
             if any(one.path == file for one in model.files):
                 return model
+        _refuse_half(listing, lambda stem: file.startswith(f"{stem}-0"))
         raise ModelNotFound(f"{listing.repo} holds no model file {file!r:.200}.", _there(listing))
     wanted = quant.upper()
     found = [model for model in listing.models if model.quant == wanted]
     found = found or [model for model in listing.models if _bare(model.quant) == _bare(wanted)]
     if len(found) > 1:
-        names = ", ".join(f"{listing.repo}/{model.files[0].path}" for model in found[:4])
+        names = ", ".join(shlex.quote(f"{listing.repo}/{model.files[0].path}") for model in found[:4])
         raise ModelNotFound(f"{listing.repo} holds {len(found)} models of type {quant}.", f"Name its file: {names}")
     if not found:
+        _refuse_half(listing, lambda stem: _bare(_quant_of(stem)) == _bare(wanted))
         raise ModelNotFound(f"{listing.repo} holds no {quant!r:.60}.", _there(listing))
     return found[0]
+
+
+def _refuse_half(listing: Listing, is_meant: Callable[[str], bool]) -> None:
+    """Refuses a split model that is not complete on the hub.
+
+    Raises:
+        ModelNotFound: one of them is meant.
+    """
+    if stem := next(filter(is_meant, listing.incomplete), ""):
+        raise ModelNotFound(f"{listing.repo} holds only a part of {stem}: files are missing there.", _there(listing))
 
 
 def _bare(quant: str) -> str:

@@ -212,6 +212,12 @@ def test_show_of_the_catalog_is_offline(places: Places) -> None:
     refused(run("show", "qwen3-30b-a3"), 1, "Did you mean qwen3-30b-a3b")
 
 
+def test_show_of_a_file_says_nothing_of_the_catalogs_model(places: Places) -> None:
+    Path("qwen3-30b-a3b").write_bytes(tiny_model())
+    done = run("show", "qwen3-30b-a3b")
+    assert done.returncode == 0 and "Good at" not in done.stdout and "Repository" not in done.stdout
+
+
 def test_rm(places: Places) -> None:
     places.cached("o/r", "m-Q4_K_M.gguf", tiny_model(seed=1))
     places.cached("o/r", "m-Q8_0.gguf", tiny_model(seed=2))

@@ -311,3 +311,37 @@ def test_a_setting_that_is_empty_is_not_set(env: dict[str, str], tmp_path: Path)
     empty = dict.fromkeys(("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"), "")
     done = subprocess.run([sys.executable, "-c", code], env=env | empty, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "https://huggingface.co True\n", done.stderr
+
+
+def test_commands_can_be_copied(run: Run, hub: HubServer) -> None:
+    odd = "a b;$(id)\u202egpj.gguf"
+    data = hub.repos[REPO]["tiny-Q4_K_M.gguf"].data
+    for name in (odd, "c d-Q2_K.gguf", "e f-Q2_K.gguf"):
+        hub.add("owner/Odd-GGUF", name, data)
+    asked = run("pull", "owner/Odd-GGUF")
+    assert asked.returncode == 2 and "pull 'owner/Odd-GGUF/" in asked.stderr
+    done = run("pull", f"owner/Odd-GGUF/{odd}")
+    assert f"run 'owner/Odd-GGUF/{odd}' \"Who".replace("\u202e", "\ufffd") in done.stderr
+    assert "pull 'owner/Odd-GGUF/c d-Q2_K.gguf'" in run("show", "owner/Odd-GGUF/c d-Q2_K.gguf").stderr
+    assert "'owner/Odd-GGUF/c d-Q2_K.gguf', 'owner" in run("pull", "owner/Odd-GGUF:Q2_K").stderr
+    assert "rm 'owner/Odd-GGUF/" in run("rm", f"owner/Odd-GGUF/{odd}").stderr
+
+
+def test_offline_it_is_told_which_ones_are_here(run: Run) -> None:
+    for quant in ("Q2_K", "Q8_0"):
+        assert run("pull", f"{REPO}:{quant}").returncode == 0
+    done = run("pull", REPO, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and f"Say which: {REPO}:Q2_K, {REPO}:Q8_0" in done.stderr
+    done = run("pull", f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and f"there is {REPO}:Q2_K, {REPO}:Q8_0" in done.stderr
+    assert "Unset HF_HUB_OFFLINE" in done.stderr and "is not on this disk, and" not in done.stderr
+
+
+def test_a_full_disk_is_no_matter_of_memory(hub: HubServer, env: dict[str, str]) -> None:
+    code = "import moelocal.model.download as d\nd.free_bytes = lambda folder: 5\n"
+    code += (
+        "from moelocal.cli.app import main\nimport sys\nsys.argv[1:1] = ['pull', '--yes']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, REPO], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "room for 5 B" in done.stderr and "moelocal rm" in done.stderr
+    assert "one all the same" not in done.stderr

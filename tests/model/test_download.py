@@ -340,7 +340,7 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
 def test_shards_that_are_no_model_together_are_not_kept(hub: HubServer, tmp_path: Path) -> None:
     for i in (1, 2):
         hub.add(REPO, f"m-Q4_0-0000{i}-of-00002.gguf", weights(1, seed=i))
-    with pytest.raises(MoelocalError, match="2 files .* no model together: .*They were removed"):
+    with pytest.raises(MoelocalError, match=r"2 files .* no model together: .*They were removed"):
         pull()
     folder = tmp_path / "hub" / "models--owner--Model-GGUF"
     assert not (folder / "snapshots").exists() and not list((folder / "blobs").iterdir())

@@ -119,6 +119,27 @@ def test_repositories_without_gguf(hub: HubServer) -> None:
         list_models("owner/notes")
     with pytest.raises(ModelNotFound, match="only a part"):
         list_models("owner/half")
+    hub.add("owner/vision", "mmproj-F16.gguf", b"1")
+    with pytest.raises(ModelNotFound, match=r"mmproj-F16.gguf' is left out, since .* projector"):
+        list_models("owner/vision")
+    hub.add("owner/odd", "../m-Q4_0.gguf", b"1")
+    with pytest.raises(ModelNotFound, match="no file on a disk can be called so"):
+        list_models("owner/odd")
+
+
+def test_what_is_incomplete_there_is_called_so(hub: HubServer) -> None:
+    hub.add(REPO, "m-Q8_0.gguf", b"1")
+    hub.add(REPO, "m-Q4_0-00001-of-00002.gguf", b"2")
+    listing = list_models(REPO)
+    for quant, file in (("Q4_0", ""), ("", "m-Q4_0-00001-of-00002.gguf")):
+        with pytest.raises(ModelNotFound, match="holds only a part of m-Q4_0"):
+            pick(listing, quant, file)
+
+
+def test_a_repository_of_the_catalog_that_is_not_there(hub: HubServer) -> None:
+    with pytest.raises(ModelNotFound, match="no repository") as caught:
+        list_models("unsloth/Qwen3-30B-A3B-GGUF")
+    assert "Did you mean" not in caught.value.hint and "HF_ENDPOINT" in caught.value.hint
 
 
 def test_refusals_in_plain_words(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
