@@ -170,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _guarded(self, repo: str, answer: Callable[[str], None]) -> None:
         hub = self.server_hub
+        repo = next((name for name in hub.repos if name.lower() == repo.lower()), repo)
         is_known = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
         is_api = self.path.startswith("/api/")
         if is_api and hub.faults.api_status:

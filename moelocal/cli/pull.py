@@ -76,6 +76,9 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
         if (named := parse_reference(name)) and (stored := _found(named)) is not None:  # the disk may be read-only
             _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
             return
+    elif not asked.file and (stored := _of_another_tool(listing, taken.model, name)) is not None:
+        _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
+        return
     else:
         check_room(targets_of(listing, taken.model))
     view = _View()
@@ -155,6 +158,26 @@ def _instead(asked: Reference, failure: HubError) -> Stored | None:
         raise
 
 
+def _of_another_tool(listing: Listing, model: HubModel, name: str) -> Stored | None:
+    """The same model where Ollama or LM Studio keeps it, of which a person is told."""
+    from moelocal.cli.messages import note
+    from moelocal.model.reference import parse_reference
+    from moelocal.model.stored import OWNERS
+    from moelocal.units import format_bytes
+
+    named = parse_reference(name)
+    stored = _found(named) if named else None
+    if stored is None or stored.owner not in ("lmstudio", "ollama"):
+        return None
+    tool, n_bytes = OWNERS[stored.owner], sum(file.stat().st_size for file in stored.files)
+    if n_bytes != model.n_bytes:
+        note(f"{tool} has {name} too, but in another version, of {format_bytes(n_bytes)}.")
+        return None
+    typed = shlex.quote(f"{listing.repo}/{model.files[0].path}")
+    note(f"{tool} has {name} already. To download it all the same: moelocal pull {typed}")
+    return stored
+
+
 def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bool, may_choose: bool) -> Taken | None:
     """The model of the repository to download; None: none, the user says."""
     from moelocal.model.hub import pick
@@ -194,8 +217,10 @@ def _explain(choice: Choice, best: str) -> None:
 def _answer(choice: Choice, best: str) -> str:
     """The label that the user takes; '' for none."""
     from moelocal.cli.messages import note
+    from moelocal.cli.screen import forget_typed
 
     labels = [option.label for option in reversed(choice.options)]
+    forget_typed()
     while True:
         print(f"Take {best}? [Enter: yes, a number or type: another, q: none] ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()

@@ -30,6 +30,15 @@ def _picture(match: re.Match[str]) -> str:
     return "\u2421" if code == 0x7F else "\ufffd"
 
 
+def forget_typed() -> None:
+    """Drops what was typed before a question was asked: it cannot be an answer to it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # no terminal; another system
+        import termios
+
+        with contextlib.suppress(termios.error):
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
+
 def is_dumb() -> bool:
     """Whether the terminal cannot move its cursor."""
     return os.environ.get("TERM", "" if os.name == "nt" else "dumb") in ("dumb", "unknown")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moelocal.errors import ModelNotFound, MoelocalError
+from moelocal.model.cache import shelf_of
 from moelocal.model.client import check_token, not_the_hub, patiently, prepare, translated
 from moelocal.model.quants import quant_in_name
 from moelocal.model.reference import is_safe
@@ -94,7 +95,16 @@ def list_models(repo: str) -> Listing:
     models, incomplete = group(files)
     if not models:
         raise _without_models(repo, [entry.rfilename for entry in entries], incomplete)
-    return Listing(repo, commit, models, incomplete)
+    return Listing(_spelled(repo, info.id), commit, models, incomplete)
+
+
+def _spelled(repo: str, told: object) -> str:
+    """A repository's name in upper and lower case as the hub tells it, else as it is called here already: all of them
+    are the same one there, but not to the cache."""
+    if isinstance(told, str) and told.lower() == repo.lower():
+        return told
+    shelf = shelf_of(repo)
+    return shelf.repo if shelf else repo
 
 
 def _checked(info: Any) -> str:

@@ -323,3 +323,22 @@ def test_the_life_of_a_model(places: Places) -> None:
         done = run("rm", "o/r-GGUF", "--yes", "--json", env=env)
         assert json.loads(done.stdout)["freed_bytes"] == DEMO.stat().st_size
         assert len(json.loads(run("list", "--json", env=env).stdout)) == 1
+
+
+def test_what_lm_studio_has_is_not_downloaded_again(places: Places) -> None:
+    with HubServer() as hub:
+        hub.add("pub/rep", "m-Q4_K_M.gguf", tiny_model())
+        env = {**os.environ, **hub.env(places.folder / "hf")}
+        theirs = places.in_lmstudio("pub/rep", "m-Q4_K_M.gguf", tiny_model())
+        done = run("pull", "pub/rep:Q4_K_M", env=env)
+        assert done.stdout == f"{theirs}\n" and "LM Studio has pub/rep:Q4_K_M already" in done.stderr
+        assert not hub.wire and "moelocal pull pub/rep/m-Q4_K_M.gguf" in done.stderr
+        theirs.write_bytes(tiny_model() + bytes(1000))
+        done = run("pull", "pub/rep:Q4_K_M", env=env)
+        assert done.stdout != f"{theirs}\n" and "in another version" in done.stderr
+        run("rm", "pub/rep:Q4_K_M", "--yes", env=env)
+        theirs.write_bytes(tiny_model())
+        done = run("pull", "pub/rep/m-Q4_K_M.gguf", env=env)
+        assert done.returncode == 0 and "models--pub--rep" in done.stdout
+        assert run("pull", "PUB/Rep/m-Q4_K_M.gguf", env=env).stdout == done.stdout
+        assert [path.name for path in places.hub.glob("models--*")] == ["models--pub--rep"]

@@ -194,6 +194,7 @@ def test_the_table_is_answered(env: dict[str, str], hub: HubServer) -> None:
     command = [sys.executable, "-m", "moelocal", "pull", REPO]
     process = subprocess.Popen(command, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
+    os.write(ours, b"q\n")  # typed before it asks
     shown = ""
 
     def until(text: str) -> None:
@@ -339,9 +340,7 @@ def test_offline_it_is_told_which_ones_are_here(run: Run) -> None:
 
 def test_a_full_disk_is_no_matter_of_memory(hub: HubServer, env: dict[str, str]) -> None:
     code = "import moelocal.model.download as d\nd.free_bytes = lambda folder: 5\n"
-    code += (
-        "from moelocal.cli.app import main\nimport sys\nsys.argv[1:1] = ['pull', '--yes']\nmain()"
-    )
+    code += "from moelocal.cli.app import main\nimport sys\nsys.argv[1:1] = ['pull', '--yes']\nmain()"
     done = subprocess.run([sys.executable, "-c", code, REPO], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "room for 5 B" in done.stderr and "moelocal rm" in done.stderr
     assert "one all the same" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -275,3 +276,15 @@ def test_a_status_that_is_not_the_hubs(hub: HubServer, status: int) -> None:
 def test_one_full_stop(hub: HubServer) -> None:
     error = unreachable(RuntimeError("Server disconnected without sending a response."))
     assert "response." in error.message and ".." not in error.message
+
+
+def test_upper_and_lower_case_are_one_repository(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    assert list_models(REPO.upper()).repo == REPO
+    hub.faults.api_answer = answer().replace(f'"id": "{REPO}"'.encode(), b'"id": "x/renamed"')
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert list_models(REPO.upper()).repo == REPO.upper()
+    (tmp_path / f"models--{REPO.replace('/', '--')}").mkdir()
+    assert list_models(REPO.upper()).repo == REPO
