@@ -72,7 +72,7 @@ def parse_reference(text: str) -> Reference | None:
         if found and found["name"] != "main":
             raise BadRequest(
                 f"{shortened(text)!r} is of the version {found['name']!r:.60}; only main can be had.",
-                f"For that one: moelocal pull {shlex.quote(found['repo'].strip('/'))}",
+                f"To get main: moelocal pull {shlex.quote(found['repo'].strip('/'))}",
             )
         rest = _REVISION.sub(r"\g<repo>", rest).strip("/")
     if "/" not in rest:
