@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _PIECE = 64 << 10
@@ -47,6 +47,8 @@ class Faults:
 
     status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     api_status: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    api_answer: bytes | None = None
+    """What is sent with status 200 instead of a repository's contents."""
     ignores_ranges: bool = False
     wrong_range: bool = False
     size_told: int | None = None
@@ -168,10 +170,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _guarded(self, repo: str, answer: Callable[[str], None]) -> None:
         hub = self.server_hub
+        repo = next((name for name in hub.repos if name.lower() == repo.lower()), repo)
         is_known = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
         is_api = self.path.startswith("/api/")
         if is_api and hub.faults.api_status:
             self._fail(*hub.faults.api_status.pop(0))
+        elif is_api and hub.faults.api_answer is not None:
+            self._send_json(hub.faults.api_answer)
         elif "Authorization" in self.headers and hub.token is not None and not is_known:
             self._fail(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif repo not in hub.repos or (hub.token and not is_known and repo not in hub.gated):
@@ -209,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._file_headers(stored)
         self.send_header("X-Linked-Etag", f'"{stored.digest}"')
         self.send_header("X-Linked-Size", str(stored.size))
-        self.send_header("Location", where.replace(" ", "%20"))
+        self.send_header("Location", quote(where, safe=":/"))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -285,7 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
             return file.read(end - start)
 
     def _json(self, value: Any) -> None:
-        data = json.dumps(value).encode()
+        self._send_json(json.dumps(value).encode())
+
+    def _send_json(self, data: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

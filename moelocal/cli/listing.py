@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -76,7 +77,9 @@ def _rows(broken: list[str]) -> Iterator[Row]:
             header = read_header(model.path)
         except MoelocalError as error:
             is_ours = model.owner not in ("ollama", "lmstudio")
-            broken.append(error.message + (f". To free the space: moelocal rm {model.name}" if is_ours else ""))
+            broken.append(
+                error.message + (f". To free the space: moelocal rm {shlex.quote(model.name)}" if is_ours else "")
+            )
             continue
         arch = str(header.metadata.get("general.architecture", "unknown"))
         if arch == "clip" or str(header.metadata.get("general.type")) in _NO_MODELS:
@@ -115,9 +118,10 @@ def _tell(rows: list[Row], broken: list[str], as_json: bool) -> None:
     for path in begun_here():
         size = format_bytes(allocated(path.stat()))
         repo = path.relative_to(made_folder()).as_posix().removesuffix(PARTIAL).rpartition("-")[0]
+        typed = shlex.quote(repo)
         note(
-            f"Left out: {repo} is downloaded in part ({size}). To go on: moelocal pull {repo}, to free the space: "
-            f"moelocal rm {repo} --unfinished"
+            f"Left out: {repo} is downloaded in part ({size}). To go on: moelocal pull {typed}, to free the "
+            f"space: moelocal rm {typed} --unfinished"
         )
     if not as_json and len(rows) == 1:
         dim(as_typed("Nothing else is here yet. What would run well on this machine: moelocal list --all"))

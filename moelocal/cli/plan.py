@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def header_of(reference: str) -> tuple[GGUFHeader, Path | None]:
             raise
     else:
         return read_header(path), path
-    from moelocal.model.hub import HubError
+    from moelocal.model.client import HubError
     from moelocal.model.remote import open_header
 
     try:
@@ -89,7 +90,7 @@ def header_of(reference: str) -> tuple[GGUFHeader, Path | None]:
         sketch = catalog.header_of(parsed.entry, quant)
         note(f"{error.message} Planned from what the catalog knows of {parsed.entry.name}:{quant}.")
         return sketch, None
-    note(f"Not on this disk yet: planned from the hub, {found}. To get it: moelocal pull {reference}")
+    note(f"Not on this disk yet: planned from the hub, {found}. To get it: moelocal pull {shlex.quote(reference)}")
     return header, None
 
 

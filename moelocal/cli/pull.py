@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,6 +17,7 @@ from moelocal.errors import BadRequest, ModelNotFound, MoelocalError, OutOfMemor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from moelocal.model.client import HubError
     from moelocal.model.download import Progress
     from moelocal.model.header import GGUFHeader
     from moelocal.model.hub import HubModel, Listing
@@ -46,8 +48,9 @@ class Taken(NamedTuple):
 def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt.Json = False) -> None:
     """Download a model. Without a quantization, the best one for this machine is found and shown."""
     from moelocal.cli.messages import note
+    from moelocal.model.client import HubError
     from moelocal.model.download import check_room, download, is_here, targets_of
-    from moelocal.model.hub import HubError, list_models
+    from moelocal.model.hub import list_models
     from moelocal.model.reference import parse_reference
     from moelocal.units import format_bytes, format_seconds
 
@@ -59,7 +62,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
     try:
         listing = list_models(asked.repo)
     except HubError as error:
-        if error.status == 0 and (stored := _found(asked)) is not None:
+        if error.status == 0 and (stored := _instead(asked, error)) is not None:
             note(f"{stored.name} is here already; the hub was not asked.")
             _tell(stored.name, stored.files, stored.quant, as_json)
             return
@@ -73,6 +76,9 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
         if (named := parse_reference(name)) and (stored := _found(named)) is not None:  # the disk may be read-only
             _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
             return
+    elif not asked.file and (stored := _of_another_tool(listing, taken.model, name)) is not None:
+        _tell(name, stored.files, taken.model.quant, as_json, taken.choice)
+        return
     else:
         check_room(targets_of(listing, taken.model))
     view = _View()
@@ -112,7 +118,9 @@ def _asked(text: str) -> Reference:
             note(f"{shown} is taken as the model of that name; the file here is left alone.")
         return asked
     if os.path.isfile(text):
-        raise BadRequest(f"{shown} is a file on this disk: there is nothing to pull.", f"moelocal run {shown}")
+        raise BadRequest(
+            f"{shown} is a file on this disk: there is nothing to pull.", f"moelocal run {shlex.quote(text)}"
+        )
     close = closest(text.partition(":")[0])
     hint = (
         f"Did you mean {' or '.join(close)}?" if close else "Names: moelocal list --all. On the hub: owner/repo:Q4_K_M"
@@ -130,21 +138,62 @@ def _found(asked: Reference) -> Stored | None:
         return None
 
 
+def _instead(asked: Reference, failure: HubError) -> Stored | None:
+    """The model, if it is here, when the hub cannot be asked.
+
+    Raises:
+        MoelocalError: something else of it is here, or in part.
+    """
+    from moelocal.cli.messages import note
+    from moelocal.model.store import find_stored
+
+    try:
+        return find_stored(asked)
+    except BadRequest:
+        note(failure.message)
+        raise
+    except ModelNotFound as error:
+        note(failure.message)
+        error.hint = failure.hint
+        raise
+
+
+def _of_another_tool(listing: Listing, model: HubModel, name: str) -> Stored | None:
+    """The same model where Ollama or LM Studio keeps it, of which a person is told."""
+    from moelocal.cli.messages import note
+    from moelocal.model.reference import parse_reference
+    from moelocal.model.stored import OWNERS
+    from moelocal.units import format_bytes
+
+    named = parse_reference(name)
+    stored = _found(named) if named else None
+    if stored is None or stored.owner not in ("lmstudio", "ollama"):
+        return None
+    tool, n_bytes = OWNERS[stored.owner], sum(file.stat().st_size for file in stored.files)
+    if n_bytes != model.n_bytes:
+        note(f"{tool} has {name} too, but in another version, of {format_bytes(n_bytes)}.")
+        return None
+    typed = shlex.quote(f"{listing.repo}/{model.files[0].path}")
+    note(f"{tool} has {name} already. To download it all the same: moelocal pull {typed}")
+    return stored
+
+
 def _taken(listing: Listing, asked: Reference, placement: opt.Placement, ask: bool, may_choose: bool) -> Taken | None:
     """The model of the repository to download; None: none, the user says."""
     from moelocal.model.hub import pick
 
     if asked.quant or asked.file:
         return Taken(pick(listing, asked.quant, asked.file))
-    choice = _choice(listing, placement)
+    choice = _choice(listing, asked, placement)
     assert choice.best is not None
     if len(listing.models) == 1:
         return Taken(listing.models[0], choice)
     best, shown = choice.best.label, asked.entry.name if asked.entry else listing.repo
+    model = next(model for model in listing.models if model.label == best)
     if not may_choose and not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         raise BadRequest(
             f"{listing.repo} holds {len(listing.models)} models. The best one here is {best}: {choice.reason}.",
-            f"To take it: moelocal pull {shown} --yes. Or name one: moelocal pull {shown}:{best}",
+            f"To take it: moelocal pull {shown} --yes. Or name one: moelocal pull {_typed(asked, listing, model)}",
         )
     if ask:
         from moelocal.cli.render_pull import show_choice
@@ -168,8 +217,10 @@ def _explain(choice: Choice, best: str) -> None:
 def _answer(choice: Choice, best: str) -> str:
     """The label that the user takes; '' for none."""
     from moelocal.cli.messages import note
+    from moelocal.cli.screen import forget_typed
 
     labels = [option.label for option in reversed(choice.options)]
+    forget_typed()
     while True:
         print(f"Take {best}? [Enter: yes, a number or type: another, q: none] ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -188,7 +239,7 @@ def _answer(choice: Choice, best: str) -> str:
         print(f"There is no {typed!r:.40}.", file=sys.stderr)
 
 
-def _choice(listing: Listing, placement: opt.Placement) -> Choice:
+def _choice(listing: Listing, asked: Reference, placement: opt.Placement) -> Choice:
     """The best model of a repository for this machine, by its true header.
 
     Raises:
@@ -196,7 +247,7 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
     """
     from moelocal.cli.messages import note
     from moelocal.cli.plan import present
-    from moelocal.model.download import cache_folder, free_bytes, missing_bytes, targets_of
+    from moelocal.model.download import cache_folder, check_room, free_bytes, missing_bytes, targets_of
     from moelocal.model.facts import read_facts
     from moelocal.model.remote import read_remote, usual
     from moelocal.model.rescale import resized
@@ -220,10 +271,11 @@ def _choice(listing: Listing, placement: opt.Placement) -> Choice:
     while True:
         choice = choose(tuple(candidates.values()), machine, request, room)
         if choice.best is None:
+            check_room(min((targets_of(listing, model) for model in listing.models), key=missing_bytes))
             raise OutOfMemory(
                 f"No model of {listing.repo} fits this machine: {choice.reason}.",
-                f"Smaller ones: moelocal list --all. To get one all the same: moelocal pull {listing.repo}:"
-                f"{choice.options[0].label}",
+                "Smaller ones: moelocal list --all. To get one all the same: moelocal pull "
+                f"{_typed(asked, listing, listing.models[0])}",
             )
         best = choice.best.label
         if best in checked:
@@ -238,6 +290,11 @@ def _name(asked: Reference, listing: Listing, model: HubModel) -> str:
     if model.label != model.quant:
         return f"{listing.repo}/{model.label}"
     return f"{asked.entry.name if asked.entry and not model.is_cut else listing.repo}:{model.quant}"
+
+
+def _typed(asked: Reference, listing: Listing, model: HubModel) -> str:
+    """The same, as a shell takes it."""
+    return shlex.quote(_name(asked, listing, model))
 
 
 def _document(name: str, paths: tuple[Path, ...], quant: str, choice: Choice | None) -> dict[str, Any]:
@@ -276,7 +333,7 @@ def _tell(name: str, paths: tuple[Path, ...], quant: str, as_json: bool, choice:
         print(json.dumps(_document(name, paths, quant, choice), ensure_ascii=False))
         return
     print(paths[0])
-    note(f'Run it: moelocal run {name} "Who are you?"')
+    note(f'Run it: moelocal run {shlex.quote(name)} "Who are you?"')
 
 
 class _View:

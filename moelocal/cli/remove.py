@@ -129,9 +129,8 @@ def _ask(model: str, removal: Removal) -> None:
     from moelocal.units import format_bytes
 
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise BadRequest(
-            f"{removal.name} would be removed, but nobody can be asked.", f"Say so: moelocal rm {model} --yes"
-        )
+        hint = f"Say so: moelocal rm {shlex.quote(model)} --yes"
+        raise BadRequest(f"{removal.name} would be removed, but nobody can be asked.", hint)
     n = len({path.name for path in removal.entries or removal.blobs})
     note(f"{removal.name}: {n} {'file' if n == 1 else 'files'} in {removal.top}")
     if removal.shared_bytes:

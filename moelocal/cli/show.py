@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -135,8 +136,10 @@ def _subject(reference: str) -> _Subject:
 def _entry_of(reference: str, path: Path | None) -> Entry | None:
     """The catalog's entry for a model, by its name or its repository."""
     from moelocal.model.catalog import entries
+    from moelocal.paths import user_path
 
-    name = reference.partition(":")[0].lower()
+    is_file = path is not None and path == user_path(reference)  # of whatever name
+    name = "" if is_file else reference.partition(":")[0].lower()
     folders = {part.lower() for part in path.parts} if path else set()
     for entry in entries():
         if name in (entry.name, entry.repo.lower()) or f"models--{entry.repo.replace('/', '--')}".lower() in folders:
@@ -199,7 +202,7 @@ def _lines(subject: _Subject) -> Iterator[tuple[str, str]]:
         yield "Good at", entry.good_at
         yield "Repository", entry.repo
     if subject.path is None:
-        yield "File", f"not on this disk; to get it: moelocal pull {subject.reference}"
+        yield "File", f"not on this disk; to get it: moelocal pull {shlex.quote(subject.reference)}"
     else:
         n = len(subject.header.shards)
         yield "File", str(subject.path) + (f" and {n - 1} more" if n > 1 else "")

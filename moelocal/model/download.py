@@ -15,13 +15,16 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moelocal.errors import MoelocalError
-from moelocal.model.hub import HubModel, Listing, hub_utils, patiently, translated
+from moelocal.errors import BadGGUF, MoelocalError
+from moelocal.model.cache import leftovers
+from moelocal.model.client import hub_utils, patiently, prepare, translated
+from moelocal.model.header import merge_shards, parse_header, split_of
+from moelocal.model.hub import HubModel, Listing
 from moelocal.model.store import made_folder
-from moelocal.model.transfer import Target, Transfer, bytes_here
+from moelocal.model.transfer import Target, Transfer, bytes_here, unusable
 from moelocal.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,10 +79,35 @@ def download(listing: Listing, model: HubModel, watch: Watch) -> tuple[Path, ...
         with translated(listing.repo), _writing(folder):
             _fetch(listing, target, lambda n_done, waiting=False, i=index: report(i, n_done, waiting))
         report(index, target.n_bytes)
+    with _writing(folder):
+        _check_set(listing, model, targets)
     if model.is_cut:
         return (targets[0].path,)
     with translated(listing.repo), _writing(folder):
         return tuple(_named(listing, file.path, target) for file, target in zip(model.files, targets, strict=True))
+
+
+def _check_set(listing: Listing, model: HubModel, targets: list[Target]) -> None:
+    """Reads the headers of all files together: each was looked at by itself when it came.
+
+    Raises:
+        MoelocalError: llama.cpp could not load them. What nothing else names is removed.
+    """
+    paths = [target.path if model.is_cut else Path(target.files[0].path) for target in targets]
+    headers = []
+    try:
+        for path, target in zip(paths, targets, strict=True):
+            with target.path.open("rb") as stream:
+                header = parse_header(stream, target.n_bytes, path.name)
+            headers.append(replace(header, shards=(path.name,)))
+        if split_of(paths[0].name, headers[0])[1] > 1:
+            merge_shards(headers)
+    except BadGGUF as error:
+        unnamed = [target.path for target in targets] if model.is_cut else leftovers(cache_folder(listing.repo))
+        for target in targets:
+            if target.path in unnamed:
+                target.path.unlink(missing_ok=True)
+        raise unusable(error, len(targets)) from error
 
 
 def targets_of(listing: Listing, model: HubModel) -> list[Target]:
@@ -94,6 +122,7 @@ def targets_of(listing: Listing, model: HubModel) -> list[Target]:
 
 def cache_folder(repo: str) -> Path:
     """Where the Hugging Face cache keeps a repository."""
+    prepare()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"

@@ -243,20 +243,32 @@ def read_header(path: Path) -> GGUFHeader:
         MoelocalError: the file cannot be read.
     """
     header = _read_file(path)
-    match = _SHARD_NAME.fullmatch(path.name)
-    prefix, number, named = (match["prefix"], int(match["number"]), int(match["count"])) if match else ("", 1, 1)
-    count = header.metadata.get("split.count")
-    if named <= 1 and count in (None, 0, 1):
+    prefix, count = split_of(path.name, header)
+    if count == 1:
         return header
-    if type(count) is not int or count != named or not 1 <= number <= count:
-        message = f"{path.name}: by its name this is shard {number} of {named}, but its split.count is {count!r:.80}"
-        raise BadGGUF(message, header.data_offset, "Shards must be called like NAME-00001-of-00003.gguf.")
     paths = [path.with_name(f"{prefix}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing:
         message = f"{len(missing)} of {count} shards of {prefix} are missing: {', '.join(missing)}."
         raise ModelNotFound(message, f"Download them into {path.parent}, beside {path.name}.")
     return merge_shards([header if shard == path else _read_file(shard) for shard in paths])
+
+
+def split_of(name: str, header: GGUFHeader) -> tuple[str, int]:
+    """What all shards' names begin with, and how many shards there are: 1 for a model that is not split.
+
+    Raises:
+        BadGGUF: a file's name and its header do not agree.
+    """
+    match = _SHARD_NAME.fullmatch(name)
+    prefix, number, named = (match["prefix"], int(match["number"]), int(match["count"])) if match else ("", 1, 1)
+    count = header.metadata.get("split.count")
+    if named <= 1 and count in (None, 0, 1):
+        return prefix, 1
+    if type(count) is not int or count != named or not 1 <= number <= count:
+        message = f"{name}: by its name this is shard {number} of {named}, but its split.count is {count!r:.80}"
+        raise BadGGUF(message, header.data_offset, "Shards must be called like NAME-00001-of-00003.gguf.")
+    return prefix, count
 
 
 def _read_file(path: Path) -> GGUFHeader:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from moelocal.model.hub import (
+from moelocal.model.client import (
     RETRIED,
     HubError,
-    HubFile,
     client,
     endpoint,
     headers,
@@ -20,6 +19,7 @@ from moelocal.model.hub import (
     refusal,
     unreachable,
 )
+from moelocal.model.hub import HubFile
 
 _TRIES = 6  # without a single byte between them
 _TIMEOUT_S = 30.0  # without a byte

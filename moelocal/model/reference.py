@@ -10,9 +10,12 @@ Looks at no disk.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from moelocal.errors import BadRequest
 
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
     from moelocal.model.catalog import Entry
 
 _SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
-_REVISION = re.compile(r"^((?:[^/]+/){2})(?:blob|resolve|raw|tree)/[^/]+/?")
+_REVISION = re.compile(r"(?P<repo>(?:[^/]+/){2})(?:blob|resolve|raw|tree)/(?P<name>[^/]+)/?")
 _QUERY = re.compile(r"[?#].*$")
 _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_WORD}/{_WORD}", re.ASCII)
 _MAX_REPO_CHARS = 96  # the hub's
+_MAX_PART_BYTES = 255  # of a file's or a folder's name, on most file systems
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _QUANT = re.compile(r"[\w.-]{1,40}", re.ASCII)
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:]")
@@ -58,12 +62,19 @@ def parse_reference(text: str) -> Reference | None:
     """What `text` refers to, if it is no path; None: it can be nothing else.
 
     Raises:
-        BadRequest: a file of a repository that would lie outside of it.
+        BadRequest: a file of a repository that would lie outside of it; an address of another version than main.
     """
     text = text.strip()
-    rest = _SITE.sub("", text, count=1) if _SITE.match(text) else text
+    rest = _without_site(text)
     if rest != text:
-        rest = _REVISION.sub(r"\1", _QUERY.sub("", rest)).strip("/")
+        rest = unquote(_QUERY.sub("", rest)).strip("/")
+        found = _REVISION.match(rest)
+        if found and found["name"] != "main":
+            raise BadRequest(
+                f"{shortened(text)!r} is of the version {found['name']!r:.60}; only main can be had.",
+                f"To get main: moelocal pull {shlex.quote(found['repo'].strip('/'))}",
+            )
+        rest = _REVISION.sub(r"\g<repo>", rest).strip("/")
     if "/" not in rest:
         return _named(text, rest)
     owner, _, more = rest.partition("/")
@@ -81,6 +92,15 @@ def parse_reference(text: str) -> Reference | None:
     return Reference(text, repo, repo, quant, file, _entry_of(repo))
 
 
+def _without_site(text: str) -> str:
+    """An address of the hub, or of HF_ENDPOINT, without the site; any other text as it is."""
+    own = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    for site in (own, own.partition("://")[2]):
+        if site and text.lower().startswith(f"{site}/".lower()):
+            return text[len(site) + 1 :]
+    return _SITE.sub("", text, count=1) if _SITE.match(text) else text
+
+
 def is_repo(name: str) -> bool:
     """Whether the hub would take this for `owner/repo`."""
     plain = "--" not in name and ".." not in name and not name.endswith(".git")
@@ -89,8 +109,15 @@ def is_repo(name: str) -> bool:
 
 def is_safe(file: str) -> bool:
     """Whether a file's name in a repository stays inside wherever it is put, on any system."""
-    parts = file.split("/")
-    return not _UNSAFE.search(file) and all(part.strip(". ") for part in parts) and len(file) < 1000
+    try:
+        parts = [part.encode() for part in file.split("/")]
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can have it
+        return False
+    return (
+        not _UNSAFE.search(file)
+        and all(part.strip(b". ") and len(part) <= _MAX_PART_BYTES for part in parts)
+        and len(file) < 1000
+    )
 
 
 def _named(text: str, rest: str) -> Reference | None:

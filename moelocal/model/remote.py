@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from moelocal.errors import BadGGUF, BadRequest, ModelNotFound
+from moelocal.model.client import HubError
 from moelocal.model.header import GGUFHeader, merge_shards, parse_header
-from moelocal.model.hub import HubError, HubFile, HubModel, Listing, group, list_models, pick
+from moelocal.model.hub import HubFile, HubModel, Listing, group, list_models, pick
 from moelocal.model.ranges import RemoteFile
 from moelocal.model.reference import parse_reference
 from moelocal.paths import user_home

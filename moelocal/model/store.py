@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,15 +127,15 @@ def _files(model: Stored) -> list[str]:
 
 
 def _other_than_asked(reference: Reference, models: list[Stored], shelf: Shelf | None) -> ModelNotFound:
-    pull = f"To get it: moelocal pull {reference.text}"
+    pull = f"moelocal pull {shlex.quote(reference.text)}"
     if models:
         names = _list_of([model.name for model in models])
-        return ModelNotFound(f"{reference.shown} is not on this disk; of that model there is {names}.", pull)
+        return ModelNotFound(
+            f"{reference.shown} is not on this disk; of that model there is {names}.", f"To get it: {pull}"
+        )
     half = shelf.halves[0] if shelf else None
     missing = f"{half.file.rpartition('/')[2]} lacks {len(half.missing)} of its files" if half else "nothing"
-    return ModelNotFound(
-        f"{reference.shown} is here only in part: {missing}.", f"To get the rest: moelocal pull {reference.text}"
-    )
+    return ModelNotFound(f"{reference.shown} is here only in part: {missing}.", f"To get the rest: {pull}")
 
 
 def models_here() -> Iterator[Stored]:
@@ -254,11 +255,10 @@ def _not_here(reference: str, shown: str, path: Path, parsed: Reference | None) 
     close = difflib.get_close_matches(str(path), ["demo", *files], n=_N_CLOSEST, cutoff=0.7)
     is_path = parsed is None or (reference.endswith(".gguf") and (not parsed.repo or path.parent.is_dir()))
     if parsed is not None and parsed.repo and not is_path:
-        if close := close or alike(reference) * (parsed.entry is None):
-            return ModelNotFound(
-                f"{shown} is not on this disk.", f"Did you mean {_either(close)}? Or: moelocal pull {reference.strip()}"
-            )
-        return ModelNotFound(f"{shown} is not on this disk.", f"To get it: moelocal pull {reference.strip()}")
+        pull = f"moelocal pull {shlex.quote(reference.strip())}"
+        close = close or alike(reference) * (parsed.entry is None)
+        hint = f"Did you mean {_either(close)}? Or: {pull}" if close else f"To get it: {pull}"
+        return ModelNotFound(f"{shown} is not on this disk.", hint)
     if not is_path:
         close = close or alike(reference)
     what = "neither demo nor the path of a .gguf file" if is_path else "no file, and no model here or in the catalog"

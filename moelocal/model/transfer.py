@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moelocal.errors import BadGGUF, MoelocalError
 from moelocal.model.cache import PARTIAL
+from moelocal.model.client import HubError
 from moelocal.model.header import parse_header
-from moelocal.model.hub import HubError, HubFile
+from moelocal.model.hub import HubFile
 from moelocal.model.ranges import RemoteFile
 
 _MOST_LINES = 4
@@ -270,13 +271,20 @@ class Transfer:
                 parse_header(stream, target.n_bytes, target.files[0].path.rpartition("/")[2])
         except BadGGUF as error:
             target.partial.unlink(missing_ok=True)
-            raise MoelocalError(
-                f"The file is on the hub as it came here, but cannot be used: {error.message}. It was removed.",
-                "Choose another quantization, or another repository.",
-            ) from error
+            raise unusable(error) from error
         with target.partial.open("r+b") as out:
             out.truncate(target.n_bytes)
         os.replace(target.partial, target.path)
+
+
+def unusable(error: BadGGUF, n_files: int = 1) -> MoelocalError:
+    """What came as the hub has it, and is no model all the same; it is removed."""
+    if n_files == 1:
+        text = f"The file is on the hub as it came here, but cannot be used: {error.message}. It was removed."
+    else:
+        text = f"The {n_files} files are on the hub as they came here, but no model together: {error.message}."
+        text += " They were removed."
+    return MoelocalError(text, "Choose another quantization, or another repository.")
 
 
 def _hasher(file: HubFile) -> Any:

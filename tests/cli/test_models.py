@@ -21,7 +21,7 @@ from moelocal.cli.listing import _offers
 from moelocal.cli.render_models import show_offers
 from moelocal.machine.described import parse_machine
 from moelocal.model.catalog import entries, facts_of
-from moelocal.model.hub import hub_utils
+from moelocal.model.client import hub_utils
 from moelocal.plan.outcome import outcome, sentence
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
@@ -212,6 +212,12 @@ def test_show_of_the_catalog_is_offline(places: Places) -> None:
     refused(run("show", "qwen3-30b-a3"), 1, "Did you mean qwen3-30b-a3b")
 
 
+def test_show_of_a_file_says_nothing_of_the_catalogs_model(places: Places) -> None:
+    Path("qwen3-30b-a3b").write_bytes(tiny_model())
+    done = run("show", "qwen3-30b-a3b")
+    assert done.returncode == 0 and "Good at" not in done.stdout and "Repository" not in done.stdout
+
+
 def test_rm(places: Places) -> None:
     places.cached("o/r", "m-Q4_K_M.gguf", tiny_model(seed=1))
     places.cached("o/r", "m-Q8_0.gguf", tiny_model(seed=2))
@@ -317,3 +323,22 @@ def test_the_life_of_a_model(places: Places) -> None:
         done = run("rm", "o/r-GGUF", "--yes", "--json", env=env)
         assert json.loads(done.stdout)["freed_bytes"] == DEMO.stat().st_size
         assert len(json.loads(run("list", "--json", env=env).stdout)) == 1
+
+
+def test_what_lm_studio_has_is_not_downloaded_again(places: Places) -> None:
+    with HubServer() as hub:
+        hub.add("pub/rep", "m-Q4_K_M.gguf", tiny_model())
+        env = {**os.environ, **hub.env(places.folder / "hf")}
+        theirs = places.in_lmstudio("pub/rep", "m-Q4_K_M.gguf", tiny_model())
+        done = run("pull", "pub/rep:Q4_K_M", env=env)
+        assert done.stdout == f"{theirs}\n" and "LM Studio has pub/rep:Q4_K_M already" in done.stderr
+        assert not hub.wire and "moelocal pull pub/rep/m-Q4_K_M.gguf" in done.stderr
+        theirs.write_bytes(tiny_model() + bytes(1000))
+        done = run("pull", "pub/rep:Q4_K_M", env=env)
+        assert done.stdout != f"{theirs}\n" and "in another version" in done.stderr
+        run("rm", "pub/rep:Q4_K_M", "--yes", env=env)
+        theirs.write_bytes(tiny_model())
+        done = run("pull", "pub/rep/m-Q4_K_M.gguf", env=env)
+        assert done.returncode == 0 and "models--pub--rep" in done.stdout
+        assert run("pull", "PUB/Rep/m-Q4_K_M.gguf", env=env).stdout == done.stdout
+        assert [path.name for path in places.hub.glob("models--*")] == ["models--pub--rep"]

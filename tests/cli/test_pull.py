@@ -194,6 +194,7 @@ def test_the_table_is_answered(env: dict[str, str], hub: HubServer) -> None:
     command = [sys.executable, "-m", "moelocal", "pull", REPO]
     process = subprocess.Popen(command, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
+    os.write(ours, b"q\n")  # typed before it asks
     shown = ""
 
     def until(text: str) -> None:
@@ -266,3 +267,80 @@ def test_bars_for_many_files(capsys: pytest.CaptureFixture[str], monkeypatch: py
     shown = capsys.readouterr().err
     assert "all\u00a020\u00a0files" in shown and "80.0/80.0 GiB" in shown and "long-name-00005" in shown
     assert "\x1b[31mlong" not in shown
+
+
+def test_a_login_page_is_like_no_way_to_the_hub(run: Run, hub: HubServer) -> None:
+    assert run("pull", f"{REPO}:Q2_K").returncode == 0
+    hub.faults.api_answer = b"<html>Welcome to our hotel"
+    try:
+        here = run("pull", f"{REPO}:Q2_K")
+        assert here.returncode == 0 and "the hub was not asked" in here.stderr
+        planned = run("plan", "qwen3-30b-a3b", "--json", "--machine", "ram=64GiB")
+        assert planned.returncode == 0 and "catalog knows" in planned.stderr
+        assert run("show", "qwen3-30b-a3b").returncode == 0
+        done = run("pull", f"{REPO}:Q8_0")
+        assert done.returncode == 1 and "does not answer like" in done.stderr and "Traceback" not in done.stderr
+    finally:
+        hub.faults.api_answer = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("HTTP_PROXY", "socks5://127.0.0.1:9"),
+        ("HTTP_PROXY", "ftp://x:1"),
+        ("HTTP_PROXY", "http://[::1"),
+        ("HF_TOKEN", "hf_äöü"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999"),
+        ("HF_ENDPOINT", "http://127.0.0.1:abc"),
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", "127.0.0.1:9"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(run: Run, name: str, value: str) -> None:
+    done = run("pull", f"{REPO}:Q8_0", "--json", **{name: value})
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
+    assert name in done.stderr.splitlines()[0]
+    planned = run("plan", "qwen3-30b-a3b:Q6_K", "--json", "--machine", "ram=64GiB", **{name: value})
+    assert json.loads(planned.stdout)["model"]["n_experts"] == 128 and name in planned.stderr
+
+
+def test_a_setting_that_is_empty_is_not_set(env: dict[str, str], tmp_path: Path) -> None:
+    code = "from moelocal.model.client import endpoint\nfrom moelocal.model.download import cache_folder\n"
+    code += "from moelocal.paths import hub_folder\nprint(endpoint(), cache_folder('o/r').parent == hub_folder())"
+    empty = dict.fromkeys(("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"), "")
+    done = subprocess.run([sys.executable, "-c", code], env=env | empty, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "https://huggingface.co True\n", done.stderr
+
+
+def test_commands_can_be_copied(run: Run, hub: HubServer) -> None:
+    odd = "a b;$(id)\u202egpj.gguf"
+    data = hub.repos[REPO]["tiny-Q4_K_M.gguf"].data
+    for name in (odd, "c d-Q2_K.gguf", "e f-Q2_K.gguf"):
+        hub.add("owner/Odd-GGUF", name, data)
+    asked = run("pull", "owner/Odd-GGUF")
+    assert asked.returncode == 2 and "pull 'owner/Odd-GGUF/" in asked.stderr
+    done = run("pull", f"owner/Odd-GGUF/{odd}")
+    assert f"run 'owner/Odd-GGUF/{odd}' \"Who".replace("\u202e", "\ufffd") in done.stderr
+    assert "pull 'owner/Odd-GGUF/c d-Q2_K.gguf'" in run("show", "owner/Odd-GGUF/c d-Q2_K.gguf").stderr
+    assert "'owner/Odd-GGUF/c d-Q2_K.gguf', 'owner" in run("pull", "owner/Odd-GGUF:Q2_K").stderr
+    assert "rm 'owner/Odd-GGUF/" in run("rm", f"owner/Odd-GGUF/{odd}").stderr
+
+
+def test_offline_it_is_told_which_ones_are_here(run: Run) -> None:
+    for quant in ("Q2_K", "Q8_0"):
+        assert run("pull", f"{REPO}:{quant}").returncode == 0
+    done = run("pull", REPO, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and f"Say which: {REPO}:Q2_K, {REPO}:Q8_0" in done.stderr
+    done = run("pull", f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and f"there is {REPO}:Q2_K, {REPO}:Q8_0" in done.stderr
+    assert "Unset HF_HUB_OFFLINE" in done.stderr and "is not on this disk, and" not in done.stderr
+
+
+def test_a_full_disk_is_no_matter_of_memory(hub: HubServer, env: dict[str, str]) -> None:
+    code = "import moelocal.model.download as d\nd.free_bytes = lambda folder: 5\n"
+    code += "from moelocal.cli.app import main\nimport sys\nsys.argv[1:1] = ['pull', '--yes']\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, REPO], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "room for 5 B" in done.stderr and "moelocal rm" in done.stderr
+    assert "one all the same" not in done.stderr

@@ -23,6 +23,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("moelocal.model.hub._LEAST_WAIT_S", 0.01)
+        monkeypatch.setattr("moelocal.model.client._LEAST_WAIT_S", 0.01)
         yield server
         close_session()

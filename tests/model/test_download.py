@@ -17,8 +17,9 @@ import pytest
 
 from moelocal.errors import ModelNotFound, MoelocalError
 from moelocal.model import catalog
+from moelocal.model.client import HubError
 from moelocal.model.download import Progress, check_room, download, targets_of
-from moelocal.model.hub import HubError, list_models, pick
+from moelocal.model.hub import list_models, pick
 from moelocal.model.store import resolve
 from moelocal.model.transfer import bytes_here
 from tests.conftest import ROOT
@@ -334,3 +335,21 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(MoelocalError, match="cannot be written") as caught:
         pull()
     assert "HF_HOME" in caught.value.hint
+
+
+def test_shards_that_are_no_model_together_are_not_kept(hub: HubServer, tmp_path: Path) -> None:
+    for i in (1, 2):
+        hub.add(REPO, f"m-Q4_0-0000{i}-of-00002.gguf", weights(1, seed=i))
+    with pytest.raises(MoelocalError, match=r"2 files .* no model together: .*They were removed"):
+        pull()
+    folder = tmp_path / "hub" / "models--owner--Model-GGUF"
+    assert not (folder / "snapshots").exists() and not list((folder / "blobs").iterdir())
+
+
+def test_a_lone_shard_is_not_kept(hub: HubServer, tmp_path: Path) -> None:
+    metadata = {"general.architecture": "llama", "general.alignment": 32}
+    first, _ = write_shards(tmp_path, "s", metadata, [[(f"{i}.weight", (1024, 512), 1)] for i in range(2)])
+    hub.add(REPO, "m-Q4_0.gguf", first)
+    with pytest.raises(MoelocalError, match=r"split\.count is 2.* It was removed"):
+        pull()
+    assert not list((tmp_path / "hub" / "models--owner--Model-GGUF" / "blobs").iterdir())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 
 from moelocal.errors import ModelNotFound
-from moelocal.model.hub import HubError, HubFile, group, list_models, pause_s, pick
-from tests.hub_server import HubServer
+from moelocal.model.client import HubError, pause_s, unreachable
+from moelocal.model.hub import HubFile, group, list_models, pick
+from tests.hub_server import COMMIT, HubServer
 
 REPO = "owner/Model-GGUF"
 
@@ -68,7 +71,16 @@ def test_split_models_that_lack_a_file() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../m-Q4_0.gguf", "/etc/m-Q4_0.gguf", "a/../../m-Q4_0.gguf", "a\\..\\m-Q4_0.gguf", "C:m-Q4_0.gguf", "a\nb.gguf"],
+    [
+        "../m-Q4_0.gguf",
+        "/etc/m-Q4_0.gguf",
+        "a/../../m-Q4_0.gguf",
+        "a\\..\\m-Q4_0.gguf",
+        "C:m-Q4_0.gguf",
+        "a\nb.gguf",
+        "x" * 300 + "-Q4_0.gguf",
+        "\ud800-Q4_0.gguf",
+    ],
 )
 def test_hostile_names_are_not_taken(name: str) -> None:
     assert labels(name, "good-Q4_0.gguf") == ["Q4_0"]
@@ -108,6 +120,27 @@ def test_repositories_without_gguf(hub: HubServer) -> None:
         list_models("owner/notes")
     with pytest.raises(ModelNotFound, match="only a part"):
         list_models("owner/half")
+    hub.add("owner/vision", "mmproj-F16.gguf", b"1")
+    with pytest.raises(ModelNotFound, match=r"mmproj-F16.gguf' is left out, since .* projector"):
+        list_models("owner/vision")
+    hub.add("owner/odd", "../m-Q4_0.gguf", b"1")
+    with pytest.raises(ModelNotFound, match="no file on a disk can be called so"):
+        list_models("owner/odd")
+
+
+def test_what_is_incomplete_there_is_called_so(hub: HubServer) -> None:
+    hub.add(REPO, "m-Q8_0.gguf", b"1")
+    hub.add(REPO, "m-Q4_0-00001-of-00002.gguf", b"2")
+    listing = list_models(REPO)
+    for quant, file in (("Q4_0", ""), ("", "m-Q4_0-00001-of-00002.gguf")):
+        with pytest.raises(ModelNotFound, match="holds only a part of m-Q4_0"):
+            pick(listing, quant, file)
+
+
+def test_a_repository_of_the_catalog_that_is_not_there(hub: HubServer) -> None:
+    with pytest.raises(ModelNotFound, match="no repository") as caught:
+        list_models("unsloth/Qwen3-30B-A3B-GGUF")
+    assert "Did you mean" not in caught.value.hint and "HF_ENDPOINT" in caught.value.hint
 
 
 def test_refusals_in_plain_words(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +201,7 @@ def test_listings_that_cannot_be(hub: HubServer, monkeypatch: pytest.MonkeyPatch
     hub.add(REPO, "m-Q4_0.gguf", b"1")
     with monkeypatch.context() as patched:
         patched.setattr("tests.hub_server.COMMIT", "../../elsewhere")
-        with pytest.raises(HubError, match="no version"):
+        with pytest.raises(HubError, match="does not answer like"):
             list_models(REPO)
     monkeypatch.setattr("tests.hub_server.Stored.size", 1 << 62)
     with pytest.raises(ModelNotFound, match="no model"):
@@ -186,8 +219,72 @@ def test_pauses_grow_and_are_kept(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     assert pauses == sorted(pauses) and pauses[3] == 8 * pauses[0] > 0 and pauses[-1] <= 60
     assert pause_s(0, {"RateLimit": '"api";r=0;t=2'}) == 2 and pause_s(0, {"RateLimit": "odd"}) == pauses[0]
     slept: list[float] = []
-    monkeypatch.setattr("moelocal.model.hub.time.sleep", slept.append)
+    monkeypatch.setattr("moelocal.model.client.time.sleep", slept.append)
     hub.add(REPO, "m-Q4_0.gguf", b"1")
     hub.faults.api_status = [(500, {}), (503, {}), (429, {"Retry-After": "7"})]
     assert list_models(REPO).models
     assert slept == [pauses[0], pauses[1], 7.0]
+
+
+def answer(**more: object) -> bytes:
+    """An answer of the hub with one file, of which something is otherwise."""
+    lfs = {"sha256": "0" * 64, "size": 7, "pointerSize": 130}
+    sibling = {"rfilename": "m-Q4_0.gguf", "size": 7, "blobId": "0" * 40, "lfs": lfs} | more
+    siblings = [{key: value for key, value in sibling.items() if value is not ...}]
+    return json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!doctype html><title>Welcome to our hotel</title>",
+        b"",
+        b"[]",
+        b"null",
+        b"{}",
+        b"7",
+        b'{"id": "\xff\xfe"}',
+        b'{"id": ' + b"[" * 100_000,
+        answer()[:40],
+        answer(lfs=None, size="1000"),
+        answer(lfs=None, size=10.5),
+        answer(lfs=None, blobId=5),
+        answer(rfilename=...),
+        answer(rfilename=5),
+        answer(lfs={"sha256": 5, "size": 7, "pointerSize": 1}),
+        answer(lfs={"size": 7, "pointerSize": 1}),
+        json.dumps({"id": REPO, "sha": COMMIT, "siblings": [5]}).encode(),
+    ],
+)
+def test_an_answer_that_is_not_the_hubs(hub: HubServer, data: bytes) -> None:
+    hub.faults.api_answer = data
+    with pytest.raises(HubError, match="does not answer like the Hugging Face hub") as caught:
+        list_models(REPO)
+    assert caught.value.status == 0 and "login" in caught.value.hint and "HF_ENDPOINT" in caught.value.hint
+    hub.faults.api_answer = answer()
+    assert len(list_models(REPO).models) == 1
+
+
+@pytest.mark.parametrize("status", [204, 302, 511])
+def test_a_status_that_is_not_the_hubs(hub: HubServer, status: int) -> None:
+    hub.faults.api_status = [(status, {})]
+    with pytest.raises(HubError, match="does not answer like") as caught:
+        list_models(REPO)
+    assert caught.value.status == 0
+
+
+def test_one_full_stop(hub: HubServer) -> None:
+    error = unreachable(RuntimeError("Server disconnected without sending a response."))
+    assert "response." in error.message and ".." not in error.message
+
+
+def test_upper_and_lower_case_are_one_repository(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, "m-Q4_0.gguf", b"1")
+    assert list_models(REPO.upper()).repo == REPO
+    hub.faults.api_answer = answer().replace(f'"id": "{REPO}"'.encode(), b'"id": "x/renamed"')
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert list_models(REPO.upper()).repo == REPO.upper()
+    (tmp_path / f"models--{REPO.replace('/', '--')}").mkdir()
+    assert list_models(REPO.upper()).repo == REPO

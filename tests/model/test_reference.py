@@ -21,13 +21,24 @@ from moelocal.model.stored import is_model, models_among
         ("https://huggingface.co/owner/repo", "owner/repo", "", ""),
         ("https://huggingface.co/owner/repo/tree/main", "owner/repo", "", ""),
         ("https://huggingface.co/owner/repo/blob/main/a.gguf?download=true", "owner/repo", "", "a.gguf"),
+        ("https://huggingface.co/owner/repo/blob/main/a%20b/c%2Bd.gguf", "owner/repo", "", "a b/c+d.gguf"),
+        ("https://mirror.example/hf/owner/repo/blob/main/a.gguf", "owner/repo", "", "a.gguf"),
+        ("mirror.example/hf/owner/repo", "owner/repo", "", ""),
         ("gpt-oss:20b", "", "20b", ""),
     ],
 )
-def test_references(text: str, repo: str, quant: str, file: str) -> None:
+def test_references(text: str, repo: str, quant: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf/")
     found = parse_reference(text)
     assert found is not None
     assert (found.repo, found.quant, found.file) == (repo, quant, file)
+
+
+@pytest.mark.parametrize("part", ["tree/other", "blob/other/a.gguf", "resolve/refs%2Fpr%2F1/a.gguf"])
+def test_only_main_is_taken(part: str) -> None:
+    with pytest.raises(BadRequest, match="only main") as caught:
+        parse_reference(f"https://huggingface.co/owner/repo/{part}")
+    assert caught.value.hint.endswith("moelocal pull owner/repo")
 
 
 def test_a_repository_of_the_catalog_is_known() -> None:
@@ -44,7 +55,15 @@ def test_what_can_only_be_a_path(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["o/r/../a.gguf", "o/r/a/../../../b.gguf", "o/r/..\\a.gguf", "o/r/a:b.gguf", "o/r/./a.gguf"]
+    "text",
+    [
+        "https://hf.co/o/r/blob/main/%2e%2e/a.gguf",
+        "o/r/../a.gguf",
+        "o/r/a/../../../b.gguf",
+        "o/r/..\\a.gguf",
+        "o/r/a:b.gguf",
+        "o/r/./a.gguf",
+    ],
 )
 def test_no_file_outside_of_its_repository(text: str) -> None:
     with pytest.raises(BadRequest, match="leads out"):
@@ -58,8 +77,9 @@ def test_names_that_the_hub_would_refuse() -> None:
 
 
 def test_files_that_are_no_safe_names() -> None:
-    assert is_safe("Q4_K_M/a b.gguf")
-    for name in ("", "/a", "a//b", "../a", "a/..", "a\0b", "a\nb", "C:a", "a\\b", "a/. ./b", "x" * 1000):
+    assert is_safe("Q4_K_M/a b.gguf") and is_safe("x" * 255 + "/ü" * 300)
+    long = ("x" * 300, "ü" * 128 + "/m", "x/" * 500)
+    for name in ("", "/a", "a//b", "../a", "a/..", "a\0b", "a\nb", "C:a", "a\\b", "a/. ./b", "\ud800m", *long):
         assert not is_safe(name), name
 
 

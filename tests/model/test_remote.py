@@ -11,9 +11,9 @@ import pytest
 
 from moelocal.errors import BadGGUF, BadRequest, ModelNotFound, MoelocalError
 from moelocal.machine.described import parse_machine
+from moelocal.model.client import HubError
 from moelocal.model.facts import read_facts
 from moelocal.model.header import ValueType, read_header
-from moelocal.model.hub import HubError
 from moelocal.model.remote import open_header
 from moelocal.plan.planner import PlanRequest, make_plan
 from tests.gguf_bytes import TypedArray, gguf_bytes, write_shards
