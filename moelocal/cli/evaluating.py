@@ -198,12 +198,11 @@ def _one_after_the_other(task: Task) -> Iterator[SavedLogits]:
 
 def _run(task: Task, session: Session, text: Text, reference: Reference | None) -> Result:
     """Scores the text with one model, from where an earlier process stopped."""
-    from moelocal.engine.logits import vocab_of
     from moelocal.measure.checkpoint import Checkpoint
     from moelocal.measure.evaluate import run
     from moelocal.measure.logits_file import LogitsWriter, Shape, chunks_there
 
-    shape = Shape(text.layout, vocab_of(session).n_tokens)
+    shape = Shape(text.layout, session.n_vocab)
     if task.saved is not None and task.saved.shape.n_vocab != shape.n_vocab:
         raise _other_vocabulary(task.saved.path.name, task.saved.shape.n_vocab, task.model.reference, shape.n_vocab)
     other = _identity(task.saved.path if task.saved else task.reference.path if task.reference else None)

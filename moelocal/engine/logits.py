@@ -25,20 +25,6 @@ class Rows(NamedTuple):
     floats: Any
 
 
-class Vocab(NamedTuple):
-    """What evaluation needs to know of a model's vocabulary. `bos` is None where the model wants no begin token."""
-
-    n_tokens: int
-    bos: int | None
-
-
-def vocab_of(session: Session) -> Vocab:
-    """The vocabulary of an open model."""
-    low, vocab = session._low, session._vocab
-    adds_bos = bool(low.llama_vocab_get_add_bos(vocab))
-    return Vocab(int(low.llama_vocab_n_tokens(vocab)), int(low.llama_vocab_bos(vocab)) if adds_bos else None)
-
-
 def chunk_logits(session: Session, tokens: Sequence[int], wanted: range) -> Iterator[Rows]:
     """Computes a chunk from an empty memory, and gives the logits of the positions `wanted` as each batch has them.
 
@@ -47,7 +33,7 @@ def chunk_logits(session: Session, tokens: Sequence[int], wanted: range) -> Iter
         MoelocalError: llama.cpp failed, with its last words; see `Session.open`.
     """
     low, step = session._low, min(session.plan.n_ubatch, session.n_ctx)
-    n_vocab, interrupt = vocab_of(session).n_tokens, session._interrupt
+    n_vocab, interrupt = session.n_vocab, session._interrupt
     with interrupt:
         session.open()
         low.llama_memory_clear(session._memory, True)

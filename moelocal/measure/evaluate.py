@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from moelocal.engine.logits import Rows, chunk_logits, vocab_of
+from moelocal.engine.logits import Rows, chunk_logits
 from moelocal.errors import MoelocalError
 from moelocal.measure.checkpoint import Checkpoint, State
 from moelocal.measure.divergence import Distance, Saved, Shifts, compare, encode, quantile
@@ -114,7 +114,7 @@ def run(
     import numpy as np
 
     state, layout, begin = checkpoint.state, text.layout, time.perf_counter()
-    bos = vocab_of(session).bos
+    bos = session.begin
     with ThreadPoolExecutor(session.plan.threads) as pool:
         work = _Work(pool, writer)
         for index in range(state.n_done, layout.n_chunks):
@@ -196,7 +196,7 @@ class LiveReference:
 
     def __init__(self, session: Session, text: Text) -> None:
         self._session, self._text = session, text
-        self._bos = vocab_of(session).bos
+        self._bos = session.begin
         self._batches: Iterator[Rows] = iter(())
 
     def rows(self, chunk: int, start: int, targets: list[int]) -> Saved:

@@ -41,7 +41,7 @@ from moelocal.measure.probe_model import (
     type_bytes,
     write_probe_model,
 )
-from moelocal.measure.readings import PROMPTS, Attention, Reading, Where, mean, read_attention, read_speed
+from moelocal.measure.readings import PROMPTS, Attention, Line, Reading, Where, mean, read_attention, read_speed
 from moelocal.paths import hub_folder
 from moelocal.units import format_bytes
 
@@ -59,18 +59,6 @@ _ATTENTION_WEIGHTS = N_EMBD * 64 * 10  # of a base model's layer: 4 heads of q a
 _FIRST, _OFTEN = 9, 3  # types: of the first pass, and of every pass
 _SHARED, _SINGLE = attention_model(2), attention_model(16)
 _CPU = "CPU"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Seconds as a line over the number of layers."""
-
-    fixed_s: float
-    layer_s: float
-
-    def at(self, n_layers: int) -> float:
-        """Seconds of so many layers."""
-        return self.fixed_s + n_layers * self.layer_s
 
 
 @dataclass(slots=True)

@@ -54,6 +54,18 @@ class Reading:
     repacked_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds as a line over the number of layers."""
+
+    fixed_s: float
+    layer_s: float
+
+    def at(self, n_layers: int) -> float:
+        """Seconds of so many layers."""
+        return self.fixed_s + n_layers * self.layer_s
+
+
 def mean(readings: Sequence[Reading]) -> Reading:
     """The mean of several readings of one model; of batches that all of them have."""
     batches = set[int].intersection(*(set(reading.prefill_s) for reading in readings))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moelocal.engine.logits import chunk_logits, vocab_of
+from moelocal.engine.logits import chunk_logits
 from moelocal.engine.session import Session, load
 from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header
@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_positions_asked_for() -> None:
     with opened(replace(PLAN, n_outputs=64)) as session:
         tokens = session.tokenize("Once upon a time there was a little wolf named Mia. " * 8, special=False)[:64]
         everything = logits(session, tokens, range(64))
-        assert everything.shape == (64, vocab_of(session).n_tokens)
+        assert everything.shape == (64, session.n_vocab)
         some = logits(session, tokens, range(32, 63))
         assert np.array_equal(some, everything[32:63])
         assert session.cached == tokens
