@@ -4,8 +4,9 @@
 
 For each type two small models are made, a dense one and one of many experts, and run: decode and prefill, repacked or
 not. What models of hardly any weights take, of two depths, is what a token and a layer cost beside the weights, and is
-taken off. A prompt batch of 512 tokens on 4 of 64 experts gives each expert the rows that it gets in a model where each
-token uses 8 of 128. The last layer counts for one token of a prompt: llama.cpp computes only what somebody reads.
+taken off. Prompt batches of 128 and 512 tokens on 4 of 32 experts give each expert 16 and 64 rows; models get 32 (8 of
+128) to 64 (8 of 64), and the more rows, the less each costs. The last layer counts for one token of a prompt: llama.cpp
+computes only what somebody reads.
 
 Types come by importance; when the time is up, the others get their usual speeds, scaled by what the measured ones did.
 The first few, and what is not weights, are read several times, and the mean counts: computers change their speed for

@@ -29,7 +29,7 @@ MAPPED_BYTES = (
 # have to be looked up in memory, which costs mapped weights a tenth of their speed
 
 _MIN_LAYERS, _MAX_LAYERS = 3, 8
-_MIN_EXPERTS, _MAX_EXPERTS = 8, 64
+_MIN_EXPERTS, _MAX_EXPERTS = 8, 32
 _NEVER_ZERO = "MXFP4"  # a scale of zero would be a number that CPUs are slow with
 _POOL_BYTES = 2 << 20
 _NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
