@@ -96,11 +96,12 @@ class TensorChange:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """What a job would make, tensors in the order of the work. `file_bytes`: what the output takes at most, which is at
-    most 8 KiB too much."""
+    most 8 KiB too much. `refusal`: why it will not be made."""
 
     changes: tuple[TensorChange, ...]
     bytes_in: int
     file_bytes: int
+    refusal: MoelocalError | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -145,7 +146,7 @@ def preview(job: QuantizeJob, on_log: Callable[[str], None] | None = None) -> Pr
     """Which type each tensor would get, and what the output would take. Writes nothing.
 
     Raises:
-        MoelocalError: the job cannot be done, for a reason that is known beforehand.
+        MoelocalError: the job makes no sense, or llama.cpp cannot read the source.
     """
     with _rehearsed(job, on_log) as (_, _, planned):
         return planned
@@ -170,6 +171,8 @@ def quantize(
     """
     start = time.monotonic()
     with _rehearsed(job, on_log) as (header, quantizer, planned):
+        if planned.refusal is not None:
+            raise planned.refusal
         on_preview(planned)
         outputs = _outputs(job, header)
         with contextlib.ExitStack() as stack:
@@ -203,9 +206,8 @@ def _rehearsed(
     }
     with Quantizer(order, job.source.name, on_log) as quantizer:
         changes = _changes(header, quantizer.rehearse())
-        refusals.check_requantizing(job, changes)
-        refusals.check_importance(job, changes, imatrix)
-        yield header, quantizer, Preview(changes, header.file_bytes, _file_bytes(header, changes))
+        refusal = refusals.of_changes(job, changes, imatrix)
+        yield header, quantizer, Preview(changes, header.file_bytes, _file_bytes(header, changes), refusal)
 
 
 def _settings(job: QuantizeJob, header: GGUFHeader, imatrix: Imatrix | None) -> dict[str, object]:
@@ -289,7 +291,7 @@ def _work(job: QuantizeJob, quantizer: Quantizer, parts: Sequence[Path], planned
     costs = [change.n_values * (1 if change.after != change.before else _COPY_COST) for change in planned.changes]
     total, done, number = sum(costs), 0.0, 0
     on_progress(Progress(0.0, 1, len(costs), planned.changes[0]))
-    with _targets(parts) as (target, written):
+    with _targets(parts) as (target, written), quantizer:  # it ends before what it writes is removed, or moved
         for line in quantizer.work(target, written):
             if match := _BEGUN.match(line):
                 done, number = done + costs[number], int(match["number"])

@@ -4,7 +4,7 @@
         lines = quantizer.rehearse()            # what it would do, in llama.cpp's words
         for line in quantizer.work(target, files): ...
 
-Leaving the `with` ends the process at once, whatever it does.
+Leaving a `with` ends the process at once, whatever it does.
 """
 
 from __future__ import annotations

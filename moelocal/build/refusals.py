@@ -73,7 +73,19 @@ def _check_pattern(pattern: str, names: Sequence[str]) -> None:
         raise BadRequest(f"No tensor's name contains {pattern!r}.", f"There are: {', '.join(stems)}")
 
 
-def check_requantizing(job: QuantizeJob, changes: Sequence[TensorChange]) -> None:
+def of_changes(
+    job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None
+) -> MoelocalError | None:
+    """Why the job is not done, now that it is known which type each tensor would get; None: it is."""
+    try:
+        _check_requantizing(job, changes)
+        _check_importance(job, changes, imatrix)
+    except MoelocalError as refusal:
+        return refusal
+    return None
+
+
+def _check_requantizing(job: QuantizeJob, changes: Sequence[TensorChange]) -> None:
     """Quantized weights lose twice when they are quantized again.
 
     Raises:
@@ -102,7 +114,7 @@ def _listed(held: Counter[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def check_importance(job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None) -> None:
+def _check_importance(job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None) -> None:
     """Whether the importance matrix is this model's, and there is one where it must be.
 
     Raises:

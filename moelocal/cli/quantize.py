@@ -226,6 +226,9 @@ def _show_preview(job: QuantizeJob, planned: Preview) -> None:
     free = free_bytes(job.output.parent)
     room = "" if free is None else f"; its disk has {format_bytes(free)} free"
     note(f"This would be {job.output}{room}.")
+    if planned.refusal is not None:
+        note(f"But it will be refused: {planned.refusal.message}")
+        note(planned.refusal.hint)
 
 
 def _document(job: QuantizeJob, planned: Preview, result: QuantizeResult | None) -> dict[str, Any]:
