@@ -1,5 +1,5 @@
-"""Quantizes the demo's f16 file with moelocal and with llama-quantize, asks each result 40 questions, and measures its KL
-divergence from f16 on the demo's own text; prints a table.
+"""Quantizes the demo's f16 file with moelocal and with llama-quantize, asks each result 40 questions, and measures its
+KL divergence from f16 on the demo's own text; prints a table.
 
 Both use the same importance matrix: of --imatrix, or made by llama-imatrix of the demo's text.
 
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import demo_questions as source_of_questions
+import demo_questions as source_of_questions  # type: ignore[import-not-found]
 
 from moelocal.engine.conversation import prompt_tokens, reply
 from moelocal.engine.prompt import Message, make_prompter
@@ -96,8 +96,8 @@ def table(found: dict[str, tuple[Score, Score, bool]]) -> str:
     ]
     for kind, (ours, theirs, is_same) in found.items():
         rows.append(
-            f"| {kind} | {ours.n_bytes / 1e6:.2f} MB | {ours.n_right} | {theirs.n_right} | {ours.kl:.5f} | {theirs.kl:.5f} "
-            f"| {ours.agreement:.1%} | {'yes' if is_same else 'NO'} |"
+            f"| {kind} | {ours.n_bytes / 1e6:.2f} MB | {ours.n_right} | {theirs.n_right} | {ours.kl:.5f} "
+            f"| {theirs.kl:.5f} | {ours.agreement:.1%} | {'yes' if is_same else 'NO'} |"
         )
     return "\n".join(rows)
 
@@ -118,15 +118,15 @@ def main() -> int:
         if given.imatrix is None:
             quiet(given.native / "llama-imatrix", "-m", given.source, "-f", TEXT, "-o", imatrix, "-c", "512", "-t", "2")
         for kind in given.types.split(","):
-            ours, theirs = folder / f"{kind}.gguf", folder / f"{kind}-native.gguf"
-            moelocal("quantize", given.source, ours, kind, "--imatrix", imatrix)
-            quiet(given.native / "llama-quantize", "--imatrix", imatrix, given.source, theirs, kind, "2")
-            is_same = _data(ours) == _data(theirs)
-            mine = score(ours, given.source)
-            found[kind] = mine, mine if is_same else score(theirs, given.source), is_same
+            mine, native = folder / f"{kind}.gguf", folder / f"{kind}-native.gguf"
+            moelocal("quantize", given.source, mine, kind, "--imatrix", imatrix)
+            quiet(given.native / "llama-quantize", "--imatrix", imatrix, given.source, native, kind, "2")
+            is_same = _data(mine) == _data(native)
+            found[kind] = score(mine, given.source), score(native, given.source), is_same
         found["F16"] = (original := score(given.source, given.source)), original, True
     if given.json:
-        print(json.dumps({kind: [mine._asdict(), other._asdict(), same] for kind, (mine, other, same) in found.items()}))
+        rows = {kind: [ours._asdict(), theirs._asdict(), is_same] for kind, (ours, theirs, is_same) in found.items()}
+        print(json.dumps(rows, indent=1))
     else:
         print(table(found))
     return 0

@@ -1,7 +1,8 @@
 """Measures `moelocal quantize` against llama-quantize on one file: time, memory, and whether the bytes are the same.
 
-Both take turns, and turns at going first; what counts is the median of the pairs' ratios. Ours also waits until its file
-is on the disk, which llama-quantize leaves to the system; `sync` after each run keeps one from paying for the other.
+Both take turns, and turns at going first; what counts is the median of the pairs' ratios. Ours also waits until its
+file is on the disk, which llama-quantize leaves to the system;
+`sync` after each run keeps one from paying for the other.
 Memory is that of the process tree: proportional set sizes, polled, without pages of the source that are only mapped.
 
 With --hashes the file tests/data/quantize_native.json is made anew: what llama-quantize makes of the bundled demo.
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moelocal.build.types import TYPES
 from moelocal.engine import llama
@@ -112,7 +113,7 @@ def _private(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
-def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, object]:
+def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, Any]:
     """Pairs of runs for one type."""
     sides: dict[str, list[Side]] = {"native": [], "ours": []}
     is_same = True
@@ -160,14 +161,14 @@ def write_hashes(native: Path) -> None:
         for kind in TYPES.values():
             if kind.imatrix == "required":
                 continue
-            command = [native / "llama-quantize", "--allow-requantize", DEMO, out, kind.name, "2"]
+            command = [str(native / "llama-quantize"), "--allow-requantize", str(DEMO), str(out), kind.name, "2"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[kind.name] = tensor_bytes(out)
     document = {"made by": "scripts/quantize_native.py --hashes", "system": llama.system_info(), "sha256": found}
     HASHES.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
         "| type | llama-quantize | moelocal | ratio | smallest, largest | memory | moelocal's | same bytes |",

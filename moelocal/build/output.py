@@ -1,8 +1,8 @@
 """Where a file made here goes, and how it gets there: whole or not at all.
 
-    with writing(path, need_bytes=4 * GB) as part:
-        ...                                     # write to `part`
-    # `path` is there, whole and on the disk; or, after an error or Ctrl-C, nothing is
+with writing(path, need_bytes=4 * GB) as part:
+    ...                                     # write to `part`
+# `path` is there, whole and on the disk; or, after an error or Ctrl-C, nothing is
 """
 
 from __future__ import annotations

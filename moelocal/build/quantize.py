@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 # `[   1/  99] blk.0.attn_k.weight  - [  256,   128,     1,     1], type =    f16, size = 0.06 MiB -> 0.02 MiB (q4_K)`
 _ROW = re.compile(r"\[\s*\d+/\s*\d+\] (?P<name>.*?)\s+- \[.*\], type =\s*\S+, size =[^(]*(?:\((?P<after>\w+)\))?")
 _BEGUN = re.compile(r"\[\s*(?P<number>\d+)/\s*\d+\] ")
-_FALLBACK = re.compile(r"warning: (?P<name>\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(?P<type>\w+)")
+_FALLBACK = re.compile(
+    r"warning: (?P<name>\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(?P<type>\w+)"
+)
 _ADDED_BYTES = 4096  # at most, of metadata: file type, version, where the importance matrix is from
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, which llama.cpp's quantizer always uses
 _COPY_COST = 0.1  # of quantizing as many values
@@ -173,7 +175,6 @@ def quantize(
     with _rehearsed(job, on_log) as (header, quantizer, planned):
         if planned.refusal is not None:
             raise planned.refusal
-        on_preview(planned)
         outputs = _outputs(job, header)
         with contextlib.ExitStack() as stack:
             needs = [planned.file_bytes] + [0] * (len(outputs) - 1)
@@ -181,6 +182,7 @@ def quantize(
                 stack.enter_context(writing(path, need, job.replace))
                 for path, need in reversed(list(zip(outputs, needs, strict=True)))  # so the first shard is named last
             ][::-1]
+            on_preview(planned)
             _work(job, quantizer, parts, planned, on_progress)
             _check_made(parts, planned)
     bytes_out = sum(path.stat().st_size for path in outputs)
@@ -269,7 +271,9 @@ def _values(shape: Sequence[int]) -> int:
 
 def _file_bytes(header: GGUFHeader, changes: Sequence[TensorChange]) -> int:
     """What the output takes at most: the first shard's head, rows of the table of the others' tensors, all data."""
-    rows = sum(8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 12 for tensor in header.tensors if tensor.shard)
+    rows = sum(
+        8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 12 for tensor in header.tensors if tensor.shard
+    )
     data = sum(-(-change.bytes_after // _ALIGNMENT) * _ALIGNMENT for change in changes)
     return header.data_offset + rows + data + _ADDED_BYTES
 
