@@ -16,6 +16,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ _FALLBACK = re.compile(
 )
 _ADDED_BYTES = 4096  # at most, of metadata: file type, version, where the importance matrix is from
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, which llama.cpp's quantizer always uses
+_SYNC_S = 0.5
 _COPY_COST = 0.1  # of quantizing as many values
 
 
@@ -194,20 +196,20 @@ def _rehearsed(
     job: QuantizeJob, on_log: Callable[[str], None] | None
 ) -> Iterator[tuple[GGUFHeader, Quantizer, Preview]]:
     """A quantizer that has said what it would do, and may do it."""
-    header = read_header(job.source)
-    refusals.check_job(job, header)
-    imatrix = None
-    if job.imatrix is not None:
-        from moelocal.build import imatrix_file
+    with Quantizer(job.source.name, on_log) as quantizer:  # which takes a while to start
+        header = read_header(job.source)
+        refusals.check_job(job, header)
+        imatrix = None
+        if job.imatrix is not None:
+            from moelocal.build import imatrix_file
 
-        imatrix = imatrix_file.read(job.imatrix)
-    order = {
-        "source": header.shards[0],
-        "settings": _settings(job, header, imatrix),
-        "imatrix": None if job.imatrix is None else str(job.imatrix),
-    }
-    with Quantizer(order, job.source.name, on_log) as quantizer:
-        changes = _changes(header, quantizer.rehearse())
+            imatrix = imatrix_file.read(job.imatrix)
+        order = {
+            "source": header.shards[0],
+            "settings": _settings(job, header, imatrix),
+            "imatrix": None if job.imatrix is None else str(job.imatrix),
+        }
+        changes = _changes(header, quantizer.rehearse(order))
         refusal = refusals.of_changes(job, changes, imatrix)
         yield header, quantizer, Preview(changes, header.file_bytes, _file_bytes(header, changes), refusal)
 
@@ -295,7 +297,8 @@ def _work(job: QuantizeJob, quantizer: Quantizer, parts: Sequence[Path], planned
     costs = [change.n_values * (1 if change.after != change.before else _COPY_COST) for change in planned.changes]
     total, done, number = sum(costs), 0.0, 0
     on_progress(Progress(0.0, 1, len(costs), planned.changes[0]))
-    with _targets(parts) as (target, written), quantizer:  # it ends before what it writes is removed, or moved
+    # the quantizer ends before what it writes is removed, or moved
+    with _targets(parts) as (target, written), quantizer, _to_the_disk(written):
         for line in quantizer.work(target, written):
             if match := _BEGUN.match(line):
                 done, number = done + costs[number], int(match["number"])
@@ -319,6 +322,30 @@ def _targets(parts: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Path]]]:
             os.replace(file, part)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _to_the_disk(files: Sequence[Path]) -> Iterator[None]:
+    """Lets the disk write while llama.cpp computes: else all of it would be waited for at the end."""
+    is_over = threading.Event()
+
+    def sync() -> None:
+        while not is_over.wait(_SYNC_S):
+            for file in files:
+                with contextlib.suppress(OSError):  # not begun; Windows syncs only what may be written to
+                    handle = os.open(file, os.O_RDONLY)
+                    try:
+                        os.fsync(handle)
+                    finally:
+                        os.close(handle)
+
+    thread = threading.Thread(target=sync, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+    thread.join()  # after Ctrl-C nobody waits for the disk
 
 
 def _check_made(parts: Sequence[Path], planned: Preview) -> None:

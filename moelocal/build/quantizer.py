@@ -1,7 +1,7 @@
 """llama.cpp's quantizer in a process of its own, which ends with this one.
 
-    with Quantizer(order, "model.gguf") as quantizer:
-        lines = quantizer.rehearse()            # what it would do, in llama.cpp's words
+    with Quantizer("model.gguf") as quantizer:
+        lines = quantizer.rehearse(order)       # what it would do, in llama.cpp's words
         for line in quantizer.work(target, files): ...
 
 Leaving a `with` ends the process at once, whatever it does.
@@ -32,10 +32,9 @@ _WRITE_FAILED = re.compile(r"basic_ios|iostream")
 
 
 class Quantizer:
-    """The process. `order`: what `quantize_child` reads; `source`: its file's name, for messages; `on_log` gets
-    llama.cpp's log, by lines."""
+    """The process. `source`: the file's name, for messages; `on_log` gets llama.cpp's log, by lines."""
 
-    def __init__(self, order: Mapping[str, object], source: str, on_log: Callable[[str], None] | None = None) -> None:
+    def __init__(self, source: str, on_log: Callable[[str], None] | None = None) -> None:
         self._source, self._on_log = source, on_log
         self._told: deque[str] = deque(maxlen=_N_DETAILS)  # warnings and errors
         self._last = ""  # line of the log
@@ -48,7 +47,6 @@ class Quantizer:
             encoding="utf-8",
             errors="replace",
         )
-        self._send(order)
 
     def __enter__(self) -> Quantizer:
         return self
@@ -61,12 +59,13 @@ class Quantizer:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def rehearse(self) -> list[str]:
-        """What llama.cpp would do with each tensor, in its words.
+    def rehearse(self, order: Mapping[str, object]) -> list[str]:
+        """What llama.cpp would do with each tensor, in its words. `order`: what `quantize_child` reads.
 
         Raises:
             MoelocalError: it refuses, or crashed.
         """
+        self._send(order)
         return list(self._until_done())
 
     def work(self, target: Path, files: Sequence[Path]) -> Iterator[str]:

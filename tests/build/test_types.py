@@ -23,7 +23,10 @@ def test_llama_cpp_calls_each_file_type_by_the_same_name() -> None:
     for kind in KINDS:
         told = low.llama_ftype_name(file_type(kind)).decode().removeprefix("all ")
         size = {"S": "Small", "M": "Medium", "L": "Large"}.get(kind.name[-1], "")
-        assert told.startswith((kind.name, f"{kind.main} - {size}", kind.main + " MoE")), (kind.name, told)
+        assert told.startswith((kind.name, f"{kind.main} - {size}", f"{kind.main} mix", f"{kind.main} MoE")), (
+            kind.name,
+            told,
+        )
 
 
 def test_which_tensor_types_cannot_be_made_without_importances() -> None:
