@@ -52,7 +52,7 @@ def test_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("OUT", "Q4_K_M"), ("OUT", "--type", "Q4_K_M"), ("--type=q4_k", "OUT"), ("FOLDER/", "Q4_K")],
+    [("OUT", "Q4_K_M"), ("OUT", "--type", "Q4_K_M"), ("--type=q4_k", "OUT"), ("FOLDER/", "Q4_K"), ("Q4_K", "OUT")],
 )
 def test_where_it_goes(tmp_path: Path, words: tuple[str, ...]) -> None:
     paths = {"OUT": tmp_path / "new" / "x.gguf", "FOLDER/": tmp_path}
