@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 # `[   1/  99] blk.0.attn_k.weight  - [  256,   128,     1,     1], type =    f16, size = 0.06 MiB -> 0.02 MiB (q4_K)`
 _ROW = re.compile(r"\[\s*\d+/\s*\d+\] (?P<name>.*?)\s+- \[.*\], type =\s*\S+, size =[^(]*(?:\((?P<after>\w+)\))?")
 _BEGUN = re.compile(r"\[\s*(?P<number>\d+)/\s*\d+\] ")
-_FALLBACK = re.compile(r"warning: (?P<name>\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(?P<type>\w+)")
+_FALLBACK = re.compile(
+    r"warning: (?P<name>\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(?P<type>\w+)"
+)
 _ADDED_BYTES = 4096  # at most, of metadata: file type, version, where the importance matrix is from
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, which llama.cpp's quantizer always uses
 _COPY_COST = 0.1  # of quantizing as many values
@@ -96,11 +98,12 @@ class TensorChange:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """What a job would make, tensors in the order of the work. `file_bytes`: what the output takes at most, which is at
-    most 8 KiB too much."""
+    most 8 KiB too much. `refusal`: why it will not be made."""
 
     changes: tuple[TensorChange, ...]
     bytes_in: int
     file_bytes: int
+    refusal: MoelocalError | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -145,7 +148,7 @@ def preview(job: QuantizeJob, on_log: Callable[[str], None] | None = None) -> Pr
     """Which type each tensor would get, and what the output would take. Writes nothing.
 
     Raises:
-        MoelocalError: the job cannot be done, for a reason that is known beforehand.
+        MoelocalError: the job makes no sense, or llama.cpp cannot read the source.
     """
     with _rehearsed(job, on_log) as (_, _, planned):
         return planned
@@ -170,7 +173,8 @@ def quantize(
     """
     start = time.monotonic()
     with _rehearsed(job, on_log) as (header, quantizer, planned):
-        on_preview(planned)
+        if planned.refusal is not None:
+            raise planned.refusal
         outputs = _outputs(job, header)
         with contextlib.ExitStack() as stack:
             needs = [planned.file_bytes] + [0] * (len(outputs) - 1)
@@ -178,6 +182,7 @@ def quantize(
                 stack.enter_context(writing(path, need, job.replace))
                 for path, need in reversed(list(zip(outputs, needs, strict=True)))  # so the first shard is named last
             ][::-1]
+            on_preview(planned)
             _work(job, quantizer, parts, planned, on_progress)
             _check_made(parts, planned)
     bytes_out = sum(path.stat().st_size for path in outputs)
@@ -203,9 +208,8 @@ def _rehearsed(
     }
     with Quantizer(order, job.source.name, on_log) as quantizer:
         changes = _changes(header, quantizer.rehearse())
-        refusals.check_requantizing(job, changes)
-        refusals.check_importance(job, changes, imatrix)
-        yield header, quantizer, Preview(changes, header.file_bytes, _file_bytes(header, changes))
+        refusal = refusals.of_changes(job, changes, imatrix)
+        yield header, quantizer, Preview(changes, header.file_bytes, _file_bytes(header, changes), refusal)
 
 
 def _settings(job: QuantizeJob, header: GGUFHeader, imatrix: Imatrix | None) -> dict[str, object]:
@@ -267,7 +271,9 @@ def _values(shape: Sequence[int]) -> int:
 
 def _file_bytes(header: GGUFHeader, changes: Sequence[TensorChange]) -> int:
     """What the output takes at most: the first shard's head, rows of the table of the others' tensors, all data."""
-    rows = sum(8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 12 for tensor in header.tensors if tensor.shard)
+    rows = sum(
+        8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 12 for tensor in header.tensors if tensor.shard
+    )
     data = sum(-(-change.bytes_after // _ALIGNMENT) * _ALIGNMENT for change in changes)
     return header.data_offset + rows + data + _ADDED_BYTES
 
@@ -289,7 +295,7 @@ def _work(job: QuantizeJob, quantizer: Quantizer, parts: Sequence[Path], planned
     costs = [change.n_values * (1 if change.after != change.before else _COPY_COST) for change in planned.changes]
     total, done, number = sum(costs), 0.0, 0
     on_progress(Progress(0.0, 1, len(costs), planned.changes[0]))
-    with _targets(parts) as (target, written):
+    with _targets(parts) as (target, written), quantizer:  # it ends before what it writes is removed, or moved
         for line in quantizer.work(target, written):
             if match := _BEGUN.match(line):
                 done, number = done + costs[number], int(match["number"])

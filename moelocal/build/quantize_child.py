@@ -1,8 +1,8 @@
 """The child process in which llama.cpp quantizes: see `build/quantize.py`, which starts it.
 
 In: a line of JSON, what to do; another one, where to, when it shall begin in earnest; then nothing, until the parent is
-gone: then what is half written is removed and this process ends, whatever llama.cpp does. Out: llama.cpp's log, each line after
-its level, and a line `= STATUS` after the rehearsal and after the work.
+gone: then what is half written is removed and this process ends, whatever llama.cpp does.
+Out: llama.cpp's log, each line after its level, and a line `= STATUS` after the rehearsal and after the work.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@
         lines = quantizer.rehearse()            # what it would do, in llama.cpp's words
         for line in quantizer.work(target, files): ...
 
-Leaving the `with` ends the process at once, whatever it does.
+Leaving a `with` ends the process at once, whatever it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -34,9 +35,7 @@ class Quantizer:
     """The process. `order`: what `quantize_child` reads; `source`: its file's name, for messages; `on_log` gets
     llama.cpp's log, by lines."""
 
-    def __init__(
-        self, order: Mapping[str, object], source: str, on_log: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, order: Mapping[str, object], source: str, on_log: Callable[[str], None] | None = None) -> None:
         self._source, self._on_log = source, on_log
         self._told: deque[str] = deque(maxlen=_N_DETAILS)  # warnings and errors
         self._last = ""  # line of the log
@@ -59,10 +58,8 @@ class Quantizer:
         self._process.wait()  # before its input closes, which it would take for our end
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
     def rehearse(self) -> list[str]:
         """What llama.cpp would do with each tensor, in its words.

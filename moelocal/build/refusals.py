@@ -42,19 +42,18 @@ def check_job(job: QuantizeJob, header: GGUFHeader) -> None:
     for pattern, of in job.patterns:
         tensor_type(of)
         _check_pattern(pattern, names)
-    for option, of, name in (
+    for option, typed, name in (
         ("--output-type", job.output_type, "output.weight"),
         ("--token-embedding-type", job.embedding_type, "token_embd.weight"),
     ):
         tensor = next((tensor for tensor in header.tensors if tensor.name == name), None)
-        if of is not None and tensor is not None:
-            block = GGML_TYPES[tensor_type(of)].block_size
-            if tensor.shape[0] % block:
-                raise BadRequest(
-                    f"{option} {of.upper()} needs rows of a multiple of {block} values; those of {name} have "
-                    f"{tensor.shape[0]:,}.",
-                    "Q8_0 takes rows of any multiple of 32, F16 any.",
-                )
+        block = GGML_TYPES[tensor_type(typed)].block_size if typed is not None else 1
+        if typed is not None and tensor is not None and tensor.shape[0] % block:
+            raise BadRequest(
+                f"{option} {typed.upper()} needs rows of a multiple of {block} values; those of {name} have "
+                f"{tensor.shape[0]:,}.",
+                "Q8_0 takes rows of any multiple of 32, F16 any.",
+            )
 
 
 def _is_quantized_type(name: str) -> bool:
@@ -73,7 +72,17 @@ def _check_pattern(pattern: str, names: Sequence[str]) -> None:
         raise BadRequest(f"No tensor's name contains {pattern!r}.", f"There are: {', '.join(stems)}")
 
 
-def check_requantizing(job: QuantizeJob, changes: Sequence[TensorChange]) -> None:
+def of_changes(job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None) -> MoelocalError | None:
+    """Why the job is not done, now that it is known which type each tensor would get; None: it is."""
+    try:
+        _check_requantizing(job, changes)
+        _check_importance(job, changes, imatrix)
+    except MoelocalError as refusal:
+        return refusal
+    return None
+
+
+def _check_requantizing(job: QuantizeJob, changes: Sequence[TensorChange]) -> None:
     """Quantized weights lose twice when they are quantized again.
 
     Raises:
@@ -102,7 +111,7 @@ def _listed(held: Counter[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def check_importance(job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None) -> None:
+def _check_importance(job: QuantizeJob, changes: Sequence[TensorChange], imatrix: Imatrix | None) -> None:
     """Whether the importance matrix is this model's, and there is one where it must be.
 
     Raises:
@@ -144,6 +153,6 @@ def _check_belongs(path: Path, changes: Sequence[TensorChange], imatrix: Imatrix
         found, wanted = imatrix.entries[change.name].sums.size, change.shape[0] * n_matrices
         if found != wanted and change.name not in _UNWEIGHTED:
             raise BadRequest(
-                f"{path} is of another model: for {change.name} it has {found:,} values, and this one needs {wanted:,}.",
+                f"{path} is of another model: for {change.name} it has {found:,} values, not {wanted:,}.",
                 "Give the importance matrix of this very model.",
             )

@@ -1,7 +1,7 @@
 """llama.cpp's quantizations, and what each means for a person.
 
-Bits per weight are those of the file that a type makes of Qwen3-30B-A3B, all tensors and metadata counted: what a type
-takes depends on the model, since llama.cpp mixes tensor types. Quality is in words: it depends on the model too;
+Bits per weight are those that a type makes of all weights of Qwen3-30B-A3B: they depend on the model, since llama.cpp
+mixes tensor types. Quality is in words: it depends on the model too;
 `moelocal eval --reference` measures it.
 
 Source: llama.cpp 0c1e57098, tools/quantize/quantize.cpp (QUANT_OPTIONS: names, perplexity lost by Llama 3 8B),
@@ -47,27 +47,27 @@ _ROWS = (
     QuantType("Q5_0", "Q5_0", 5.5, "very good", "good", "good", "helps", "old; Q5_K_S is better"),
     QuantType("Q4_K_M", "Q4_K", 4.9, "good", "fast", "fast", "helps", "what most people take"),
     QuantType("Q4_K_S", "Q4_K", 4.6, "good", "fast", "fast", "helps"),
-    QuantType("IQ4_NL", "IQ4_NL", 4.5, "good", "fast", "fast", "advised"),
+    QuantType("IQ4_NL", "IQ4_NL", 4.6, "good", "fast", "fast", "advised"),
     QuantType("IQ4_XS", "IQ4_XS", 4.3, "good", "fair", "fast", "advised", "the smallest good one"),
     QuantType("Q4_1", "Q4_1", 5.0, "good", "good", "fast", "helps", "old; Q4_K_M is better"),
     QuantType("Q4_0", "Q4_0", 4.5, "fair", "fastest", "fast", "helps", "for weak CPUs"),
-    QuantType("MXFP4_MOE", "MXFP4", 4.3, "fair", "fast", "fast", "no", "for models trained in it, as gpt-oss"),
-    QuantType("Q3_K_L", "Q3_K", 4.1, "fair", "fair", "fast", "advised"),
+    QuantType("MXFP4_MOE", "MXFP4", 4.5, "fair", "fast", "fast", "no", "for models trained in it, as gpt-oss"),
+    QuantType("Q3_K_L", "Q3_K", 4.2, "fair", "fair", "fast", "advised"),
     QuantType("Q3_K_M", "Q3_K", 3.9, "fair", "fair", "fast", "advised"),
-    QuantType("IQ3_M", "IQ3_S", 3.6, "fair", "slow", "fast", "advised"),
+    QuantType("IQ3_M", "IQ3_S", 3.5, "fair", "slow", "fast", "advised"),
     QuantType("IQ3_S", "IQ3_S", 3.5, "fair", "slow", "fast", "advised"),
     QuantType("Q3_K_S", "Q3_K", 3.5, "poor", "fair", "fast", "advised"),
-    QuantType("IQ3_XS", "IQ3_S", 3.3, "fair", "slow", "fast", "advised"),
+    QuantType("IQ3_XS", "IQ3_S", 3.3, "fair", "slow", "fast", "required"),
     QuantType("IQ3_XXS", "IQ3_XXS", 3.1, "poor", "slow", "fast", "required"),
-    QuantType("Q2_K", "Q2_K", 3.0, "poor", "fast", "fast", "advised"),
+    QuantType("Q2_K", "Q2_K", 2.9, "poor", "fast", "fast", "advised"),
     QuantType("Q2_K_S", "Q2_K", 2.8, "poor", "fast", "fast", "required"),
     QuantType("IQ2_M", "IQ2_S", 2.7, "poor", "slow", "fast", "required"),
-    QuantType("IQ2_S", "IQ2_XS", 2.5, "poor", "slow", "fast", "required"),
+    QuantType("IQ2_S", "IQ2_XS", 2.4, "poor", "slow", "fast", "required"),
     QuantType("IQ2_XS", "IQ2_XS", 2.4, "bad", "slow", "fast", "required"),
-    QuantType("IQ2_XXS", "IQ2_XXS", 2.2, "bad", "slow", "fast", "required"),
+    QuantType("IQ2_XXS", "IQ2_XXS", 2.1, "bad", "slow", "fast", "required"),
     QuantType("IQ1_M", "IQ1_M", 1.9, "bad", "slow", "fast", "required", "talks, no more"),
     QuantType("IQ1_S", "IQ1_S", 1.7, "bad", "slow", "fast", "required", "talks, no more"),
-    QuantType("TQ2_0", "TQ2_0", 2.2, "broken", "fast", "some", "no", "only for ternary models (BitNet)"),
+    QuantType("TQ2_0", "TQ2_0", 2.1, "broken", "fast", "some", "no", "only for ternary models (BitNet)"),
     QuantType("TQ1_0", "TQ1_0", 1.8, "broken", "fair", "some", "no", "only for ternary models (BitNet)"),
     QuantType("Q2_0", "Q2_0", 2.3, "broken", "fair", "fast", "no", "only for models trained in it"),
     QuantType("Q1_0", "Q1_0", 1.2, "broken", "fair", "fast", "no", "only for models trained in it"),
@@ -124,6 +124,7 @@ def tensor_type(typed: str) -> int:
 
 def _unknown(typed: str, what: str, names: list[str]) -> BadRequest:
     word = typed.strip().upper().replace("-", "_")
-    close = get_close_matches(word, names, n=3, cutoff=0.6) or [name for name in names if word and name.startswith(word)]
-    hint = f"Did you mean {' or '.join(close[:3])}? " if close else ""
+    plain = {name.replace("_", ""): name for name in names}
+    close = [plain[name] for name in get_close_matches(word.replace("_", ""), plain, n=3)]
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
     return BadRequest(f"There is no {what} {typed!r:.40}.", f"{hint}All of them: moelocal quantize --list-types")

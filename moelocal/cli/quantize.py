@@ -70,7 +70,7 @@ def quantize(
     source: Source = None,
     out: Out = None,
     last: Last = None,
-    quantization: Quantization = Quantization(),  # noqa: B008
+    quantization: Quantization = Quantization(),
     list_types: ListTypes = False,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
@@ -128,7 +128,7 @@ def _job(source: str, out: str | None, last: str | None, quantization: Quantizat
         patterns=tuple(map(_pattern, quantization.tensor_type or ())),
         output_type=quantization.output_type,
         embedding_type=quantization.token_embedding_type,
-        imatrix=_imatrix(quantization.imatrix, base, kind.imatrix != "no"),
+        imatrix=_imatrix(quantization.imatrix, path, base, kind.imatrix != "no"),
         threads=quantization.threads,
         requantize=quantization.requantize,
         keep_split=quantization.keep_split,
@@ -168,7 +168,7 @@ def _pattern(text: str) -> tuple[str, str]:
     return pattern, name
 
 
-def _imatrix(typed: str | None, base: str, is_wanted: bool) -> Path | None:
+def _imatrix(typed: str | None, path: Path, base: str, is_wanted: bool) -> Path | None:
     """The importance matrix: the one named, else one that was made here of this model, if the type has use for it.
 
     Raises:
@@ -176,22 +176,24 @@ def _imatrix(typed: str | None, base: str, is_wanted: bool) -> Path | None:
     """
     from moelocal.cli.messages import note
     from moelocal.model.store import made_folder
+    from moelocal.model.stored import stem_of
     from moelocal.paths import user_path
 
     if typed is None:
-        found = made_folder() / f"{base}.imatrix.gguf"
-        if not is_wanted or not found.is_file():
+        places = [made_folder() / f"{stem}.imatrix.gguf" for stem in (stem_of(path.name), base)]
+        found = next((place for place in places if place.is_file()), None)
+        if not is_wanted or found is None:
             return None
         note(f"The importance matrix {found} is used; without: --imatrix none")
         return found
     if typed == _NO_IMATRIX:
         return None
-    path = user_path(typed)
-    if not path.is_file():
+    named = user_path(typed)
+    if not named.is_file():
         raise MoelocalError(
-            f"There is no importance matrix {path}.", "Make one with moelocal imatrix, or leave --imatrix out."
+            f"There is no importance matrix {named}.", "Make one with moelocal imatrix, or leave --imatrix out."
         )
-    return path
+    return named
 
 
 def _remarks(job: QuantizeJob, planned: Preview) -> None:
@@ -226,6 +228,9 @@ def _show_preview(job: QuantizeJob, planned: Preview) -> None:
     free = free_bytes(job.output.parent)
     room = "" if free is None else f"; its disk has {format_bytes(free)} free"
     note(f"This would be {job.output}{room}.")
+    if planned.refusal is not None:
+        note(f"But it will be refused: {planned.refusal.message}")
+        note(planned.refusal.hint)
 
 
 def _document(job: QuantizeJob, planned: Preview, result: QuantizeResult | None) -> dict[str, Any]:
@@ -314,8 +319,8 @@ def _list_types(source: str | None, as_json: bool) -> None:
                 values *= extent
             n_values += values
     if as_json:
-        sizes = {"bytes": lambda bits: int(n_values * bits / 8)} if n_values else {}
-        print(json.dumps([{**kind._asdict(), **{name: of(kind.bits) for name, of in sizes.items()}} for kind in rows]))
+        sizes = [None if n_values is None else int(n_values * kind.bits / 8) for kind in rows]
+        print(json.dumps([{**kind._asdict(), "bytes": size} for kind, size in zip(rows, sizes, strict=True)]))
         return
     from moelocal.cli.render_quantize import show_types
 

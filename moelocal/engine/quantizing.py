@@ -1,8 +1,8 @@
 """llama.cpp's quantizer, called. What it does and finds it says in its log (`llama.LOG`); it may abort the process, and
 does not return before it is done: see `build/quantize_child.py`.
 
-Source: llama.cpp 0c1e57098, include/llama.h (`llama_model_quantize_params`), tools/quantize/quantize.cpp (how arrays are
-filled and ended), src/llama-quant.cpp (what each setting does).
+Source: llama.cpp 0c1e57098, include/llama.h (`llama_model_quantize_params`), tools/quantize/quantize.cpp (how arrays
+are filled and ended), src/llama-quant.cpp (what each setting does).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _MAX_BUFFER_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`file_type` is a llama_ftype; types of tensors are ggml_types. `overrides`: regular expression and type, the first
-    that finds a tensor's name counts. `imatrix`: tensor's name -> float32[n_matrices * n_inputs], means of squared
-    inputs. `metadata`: keys to add; numbers become uint32."""
+    """`file_type` is a llama_ftype; types of tensors are ggml_types. `overrides`: regular expression and type, the
+    first that finds a tensor's name counts. `imatrix`: tensor's name -> float32[n_matrices * n_inputs], means of
+    squared inputs. `metadata`: keys to add; numbers become uint32."""
 
     file_type: int
     threads: int
