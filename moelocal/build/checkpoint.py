@@ -289,13 +289,15 @@ def read_head(path: Path) -> list[Weights]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            start = stream.read(8)
-            if (start + stream.read(16)).startswith(_POINTER):
+            start = stream.read(24)
+            n_head = int.from_bytes(start[:8], "little")
+            if start.startswith(_POINTER):
                 raise _pointer(path)
+            if len(start) > 8 and (start[8:9] != b"{" or n_head > _MOST_HEAD_BYTES):
+                raise ValueError("it does not begin like one")
+            if n_head + 8 > size or len(start) <= 8:
+                raise _cut_off(path, size)
             stream.seek(8)
-            n_head = int.from_bytes(start, "little")
-            if not 2 <= n_head <= _MOST_HEAD_BYTES or n_head + 8 > size:
-                raise _cut_off(path, size) if n_head <= _MOST_HEAD_BYTES else ValueError("its head has no length")
             head = json.loads(stream.read(n_head))
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}.", "Check who may read it.") from error

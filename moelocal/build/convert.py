@@ -148,9 +148,12 @@ def make(job: ConvertJob, folder: Path, watch: Watch) -> tuple[list[Path], GGUFH
         MoelocalError: it failed.
         OSError: the disk did.
     """
-    target = folder / job.output.name
+    target = folder / "model.gguf"  # the converter fills in names with braces
     _run(job, target, watch)
-    made = sorted(folder.glob("*.gguf"))
+    made = [
+        part.replace(folder / part.name.replace(target.stem, job.output.stem, 1))
+        for part in sorted(folder.glob("*.gguf"))
+    ]
     try:
         if not made:
             raise MoelocalError("The converter ended without a word, and wrote nothing.", "Run again with -v.")
@@ -223,9 +226,7 @@ def _tail(errors: IO[bytes] | None) -> str:
 
 def _arguments(job: ConvertJob, target: Path) -> list[str]:
     """What the converter is called with."""
-    # it fills {ftype} and the like into names that have braces; a folder of ours has none
-    arguments = [str(job.checkpoint.folder.resolve()), "--outfile", str(target).replace("{", "{{").replace("}", "}}")]
-    arguments += ["--outtype", job.type_name]
+    arguments = [str(job.checkpoint.folder.resolve()), "--outfile", str(target), "--outtype", job.type_name]
     if job.split_bytes is not None:
         arguments += ["--split-max-size", str(job.split_bytes)]
     if job.name is not None:
