@@ -41,9 +41,7 @@ def build_wheel(*args, **kwargs):
 _RAW_PROGRESS_FROM = (24, 1)  # pip's --progress-bar raw: `Progress 1024 of 76589250`
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 _NO_BACKEND = re.compile(r"metadata-generation-failed|BackendUnavailable|Cannot import '")
-_UNREACHABLE = re.compile(
-    r"Retrying \(|NewConnectionError|Connection(?:Error| broken)|NameResolutionError|ConnectTimeout"
-)
+_UNREACHABLE = re.compile(r"Retrying \(|Could not fetch URL \S+ (?:connection error|timed out)|NewConnectionError")
 _HASHES_DIFFER = re.compile(r"DO NOT MATCH THE HASHES")
 _LEAST_BYTES = 1 << 20
 
@@ -59,12 +57,12 @@ def fetch(version: str, folder: Path, watch: Callable[[int, int], None]) -> tupl
         raise _without(version, "pip is not installed here", f"{sys.executable} -m ensurepip")
     log = folder / "pip.log"
     output = _download(version, folder, log, watch)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
     if not found:
         if (cached := _in_pip_cache(version)) is not None:
             return cached, False, "pip's cache"
-        raise _refusal(version, output)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        raise _refusal(version, output, text)
     return found[0], *_provenance(found[0], text)
 
 
@@ -153,13 +151,13 @@ def _first_member(archive: Path) -> str:
     return f"{first.name}/" if first else ""
 
 
-def _refusal(version: str, output: str) -> MoelocalError:
-    """What pip's output means."""
+def _refusal(version: str, output: str, log: str) -> MoelocalError:
+    """What pip's output and its log mean."""
     if _HASHES_DIFFER.search(output):
         return _damaged()
     if "No space left on device" in output:
         return MoelocalError("The disk is full: the converter could not be fetched.", "Make room, then run it again.")
-    if _UNREACHABLE.search(output):
+    if _UNREACHABLE.search(log):
         return _without(version, "the package index cannot be reached")
     errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
     if any("No matching distribution" in error for error in errors):
