@@ -19,9 +19,13 @@ def cut(path: Path, n_bytes: int) -> None:
     path.write_bytes(path.read_bytes()[:n_bytes])
 
 
-def only(folder: Path, name: str) -> None:
-    for path in folder.iterdir():
+def without(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
         path.unlink()
+
+
+def only(folder: Path, name: str) -> None:
+    without(folder, "*")
     (folder / name).write_text("{}")
 
 
@@ -48,10 +52,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / SECOND).write_bytes((9).to_bytes(8, "little") + b'{"a": []}' + bytes(50)),
         "its head is damaged",
     ),
-    "no weights": (
-        lambda f: [path.unlink() for path in f.glob("model*")],
-        "holds no weights",
-    ),
+    "no weights": (lambda f: without(f, "model*"), "holds no weights"),
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "does not tell which file"),
     "tensor missing": (
         lambda f: (f / SECOND).write_bytes(safetensors({"c.weight": ("BF16", [2, 2])})),

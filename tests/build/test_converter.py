@@ -28,7 +28,7 @@ def make_sdist(files: dict[str, str] | None = None) -> bytes:
     below["vendor/llama.cpp/src/llama.cpp"] = "int main() {}"
     below["PKG-INFO"] = f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {VERSION}\n"
     below["pyproject.toml"] = (
-        '[build-system]\nrequires = ["scikit-build-core[pyproject]>=0.9.2"]\nbuild-backend = "scikit_build_core.build"\n'
+        '[build-system]\nrequires = ["scikit-build-core>=0.9.2"]\nbuild-backend = "scikit_build_core.build"\n'
         f'[project]\nname = "llama_cpp_python"\nversion = "{VERSION}"\n'
     )
     out = io.BytesIO()
@@ -155,9 +155,8 @@ def test_no_network_then_what_pip_has_kept(
     assert found.origin == "pip's cache" and not found.is_checked
 
 
-def test_an_index_without_this_version(index: Index) -> None:
-    index.kind = "none"
-    index.answer = lambda _: ("text/html", b"<html>")  # type: ignore[method-assign]
+def test_an_index_without_this_version(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "answer", lambda path: ("text/html", b"<html>"))
     with pytest.raises(MoelocalError, match="pip finds no source distribution of it"):
         find_converter()
 
@@ -186,14 +185,14 @@ def test_given_by_hand(tmp_path: Path, home: Path) -> None:
 def test_given_what_is_none(tmp_path: Path, home: Path) -> None:
     with pytest.raises(BadRequest, match="There is no"):
         find_converter(tmp_path / "nothing.tar.gz")
-    with pytest.raises(BadRequest, match="does not hold llama.cpp's converter"):
+    with pytest.raises(BadRequest, match=r"does not hold llama\.cpp's converter"):
         find_converter(tmp_path)
     broken = tmp_path / "broken.tar.gz"
     broken.write_bytes(make_sdist()[:200])
     with pytest.raises(MoelocalError, match="is no source distribution"):
         find_converter(broken)
     broken.write_bytes(make_sdist({"README.md": ""}))
-    with pytest.raises(MoelocalError, match="does not hold llama.cpp's converter"):
+    with pytest.raises(MoelocalError, match=r"does not hold llama\.cpp's converter"):
         find_converter(broken)
     assert kept(home) == []
 
