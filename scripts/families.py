@@ -44,7 +44,8 @@ from scripts.families_child import FAMILIES, N_TOKENS, Family
 
 _CHILD = Path(__file__).with_name("families_child.py")
 _COLUMNS = (
-    "family", "transformers' type", "converts", "logits match: top-1, KL", "plans exactly", "experts profiled", "Q4_K_M",
+    "family", "transformers' type", "converts", "logits match: top-1, KL", "plans exactly", "experts profiled",
+    "Q4_K_M",
 )  # fmt: skip
 _REQUEST = PlanRequest(n_ctx=512, kv_type="f16", n_ubatch=N_TOKENS, repack=False, n_outputs=N_TOKENS, flash_attn=False)
 
