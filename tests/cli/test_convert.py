@@ -113,6 +113,14 @@ def test_an_unknown_architecture_ends_before_the_weights(
     assert hub.wire["config.json"] and not hub.wire[WEIGHTS]
 
 
+def test_a_tokenizer_that_cannot_be_read_ends_before_the_weights(
+    run: Run, tools: list[str], hub: HubServer, tmp_path: Path, home: Path
+) -> None:
+    done = run("convert", REPO, *tools, **hub.env(tmp_path / "hf"), FAKE_CONVERTER="tokenizer")
+    assert done.returncode == 1 and f"The tokenizer of {REPO} cannot be read" in done.stderr
+    assert hub.wire["tokenizer.json"] and not hub.wire[WEIGHTS] and made(home) == []
+
+
 def test_a_repository_that_lacks_a_shard_ends_before_the_weights(
     run: Run, tools: list[str], hub: HubServer, tmp_path: Path
 ) -> None:
