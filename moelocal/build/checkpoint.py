@@ -51,8 +51,8 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is converted. `tensors` is empty where heads were not read: PyTorch's own files, the hub's. `n_bytes`: of the
-    weights."""
+    """What is converted. `tensors` is empty where heads were not read: PyTorch's own files, the hub's. `n_bytes`: of
+    all weights."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -222,7 +222,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder / CONFIG)
     architecture = architecture_of(config)
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise BadRequest(f"{folder} cannot be read: {error.strerror}.", "Check who may read it.") from error
     check_tokenizer(names, str(folder))
     parts = _parts(folder, names)
     if parts[0].suffix != ".safetensors":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -206,6 +207,7 @@ def _run(job: ConvertJob, target: Path, watch: Watch, more: Sequence[str] = ()) 
             )
         )
         last = _listen(process, json.dumps(order), watch)
+        last["text"] = str(last.get("text", "")).replace(f"{job.checkpoint.folder.resolve()}{os.sep}", "")
         return None if "finished" in last else _Failure(last, process.wait(), _tail(errors))
 
 
@@ -234,7 +236,7 @@ def _listen(process: subprocess.Popen[str], order: str, watch: Watch) -> dict[st
                 said.add(text)
                 watch.warn(text)
         else:
-            return {**message, "logged": logged}
+            return {**message, "logged": logged}  # an error, or the end
     return {"logged": logged}
 
 

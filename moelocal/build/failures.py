@@ -17,7 +17,7 @@ from typing import Any
 from moelocal.errors import MoelocalError, OutOfMemory
 
 _N_DETAILS = 6
-_TOKENIZER_FILES = "Copy the tokenizer's files there from the model that it was made from."
+_TOKENIZER_FILES = "Take the tokenizer's files from the model that it was made from."
 _NEWER = "A newer llama-cpp-python may: pip install --upgrade llama-cpp-python"
 
 Say = Callable[[re.Match[str], str], tuple[str, str]]

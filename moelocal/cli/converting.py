@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moelocal.build.remote import Remote
     from moelocal.cli.convert import Conversion
 
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP) if sys.platform != "win32" else (signal.SIGTERM,)
 _LINE_S = 15.0  # between lines where no bar can be shown
 _LEAST_SPLIT_BYTES = 1 << 20
 
@@ -63,6 +65,8 @@ def carry_out(source: str, out: str | None, conversion: Conversion, verbose: boo
     from moelocal.cli.messages import note
 
     split_bytes = _check(conversion)
+    for signum in _ENDINGS:  # a window that is closed: gigabytes must not be left behind
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
     checkpoint, remote = _look(source, conversion)
     task = _Task(source, remote.repo if remote else "", out, conversion, split_bytes, _python(conversion.python))
     check_python(task.python)

@@ -164,8 +164,9 @@ def test_without_torch_the_command_is_told_before_anything_is_fetched(run: Run, 
     assert done.returncode == 1 and "pip install 'moelocal[convert]'" in done.stderr
 
 
-def test_a_terminal_sees_a_bar_and_ctrl_c_leaves_nothing(
-    env: dict[str, str], tools: list[str], tmp_path: Path, home: Path
+@pytest.mark.parametrize("signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_terminal_sees_a_bar_and_an_end_in_the_middle_leaves_nothing(
+    env: dict[str, str], tools: list[str], tmp_path: Path, home: Path, signum: int, status: int
 ) -> None:
     folder = write_checkpoint(tmp_path / "My-MoE")
     master, slave = pty.openpty()
@@ -178,11 +179,11 @@ def test_a_terminal_sees_a_bar_and_ctrl_c_leaves_nothing(
     while b"Writing BF16" not in seen:
         assert time.monotonic() < end, seen
         seen += os.read(master, 4096)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     while True:
         try:
             seen += os.read(master, 4096)
         except OSError:
             break
-    assert process.wait(20) == 130 and b"Traceback" not in seen
+    assert process.wait(20) == status and b"Traceback" not in seen
     assert made(home) == []
