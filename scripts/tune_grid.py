@@ -2,10 +2,11 @@
 grid's best, and with the planner's choice.
 
 The grid's points are measured in rounds, one after another, since a machine's speed changes by itself; a turn is 512
-tokens of prompt and 256 of answer, extrapolated from shorter ones. Medians over the rounds of seconds relative to the
-round's own median.
+tokens of prompt and 256 of answer, extrapolated from shorter ones. The points are ranked by the medians over the rounds
+of seconds relative to the round's own median. In noise the best of many is better than it is, so the first few then run
+again in turns with the tuned setting and the planner's: these pairs count.
 
-usage: python scripts/tune_grid.py FILE.gguf [--minutes 5] [--rounds 3] [--threads 1,2] [--ubatch 256,512]
+usage: python scripts/tune_grid.py FILE.gguf [--minutes 5] [--rounds 3] [--last 9] [--threads 1,2] [--ubatch 256,512]
 """
 
 from __future__ import annotations
@@ -30,6 +31,23 @@ from moelocal.plan.planner import Plan
 from moelocal.plan.request import PlanRequest
 
 WANTED = 1.03  # tuned / best of the grid
+N_FIRST = 3  # of the grid, measured again
+
+
+def measured(tuner: Tuner, points: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a turn at each point, one round after another, relative to the round's median."""
+    relative: dict[str, list[float]] = {name: [] for name in points}
+    for i in range(rounds):
+        order = sorted(points.items(), key=lambda pair: pair[1].get("repack", True))  # weights stay loaded
+        seconds = {
+            name: tuner.measure(tuner.plan(fields), (tuner.n_prompt, N_ANSWER))
+            for name, fields in (order[::-1] if i % 2 else order)
+        }
+        middle = statistics.median(seconds.values())
+        for name, taken in seconds.items():
+            relative[name].append(taken / middle)
+        print(f"round {i + 1} of {rounds} done", file=sys.stderr, flush=True)
+    return relative
 
 
 def main() -> int:
@@ -37,6 +55,7 @@ def main() -> int:
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--last", type=int, default=9, help="rounds with the grid's first few")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--ubatch", default="256,512")
     args = parser.parse_args()
@@ -62,19 +81,13 @@ def main() -> int:
         "threads_batch": threads,
     }  # fmt: skip
     grid = [dict(zip(knobs, values, strict=True)) for values in itertools.product(*knobs.values())]
-    points: dict[str, dict[str, Any]] = {"planned": {}, "tuned": outcome.fields} | {str(point): point for point in grid}
-    relative: dict[str, list[float]] = {name: [] for name in points}
-    for i in range(args.rounds):
-        seconds = {}
-        for name, fields in sorted(points.items(), key=lambda pair: pair[1].get("repack", True)):
-            seconds[name] = tuner.measure(tuner.plan(fields), (tuner.n_prompt, N_ANSWER))
-        middle = statistics.median(seconds.values())
-        for name, taken in seconds.items():
-            relative[name].append(taken / middle)
-        print(f"round {i + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+    points: dict[str, dict[str, Any]] = {str(point): point for point in grid}
+    relative = measured(tuner, points, args.rounds)
+    first = sorted(points, key=lambda name: statistics.median(relative[name]))[:N_FIRST]
+    ends = {"planned": {}, "tuned": outcome.fields} | {name: points[name] for name in first}
+    relative = measured(tuner, ends, args.last)
     tuner.close()
-    medians = {name: statistics.median(values) for name, values in relative.items()}
-    best = min((name for name in points if name not in ("planned", "tuned")), key=lambda name: medians[name])
+    best = min(first, key=lambda name: statistics.median(relative[name]))
     print(f"best of {len(grid)}: {best}")
     print(f"tuned: {outcome.fields or 'as planned'}")
     for name, other in (("the grid's best", best), ("as planned", "planned")):

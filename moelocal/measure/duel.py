@@ -20,7 +20,21 @@ class Ratio(NamedTuple):
 
     value: float
     error: float
-    n_pairs: int
+    pairs: tuple[float, ...]
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs that were measured."""
+        return len(self.pairs)
+
+    def may_be_faster(self, by: float) -> bool:
+        """Whether the second looks faster, is not surely so, and may be so by `by`."""
+        return self.value < 1 and not self.is_faster and self.value - _SURE * self.error < 1 - by
+
+    @property
+    def is_likely_faster(self) -> bool:
+        """Whether the second is faster by more than one standard error: to be taken where nothing speaks against it."""
+        return 1 - self.value > self.error
 
     @property
     def is_slower(self) -> bool:
@@ -39,6 +53,7 @@ def duel(
     most_pairs: int,
     least_gain: float = 0.01,
     may_go_on: Callable[[], bool] = lambda: True,
+    before: Sequence[float] = (),
 ) -> Ratio:
     """Seconds of the second over seconds of the first, in pairs that take turns at going first.
 
@@ -46,11 +61,12 @@ def duel(
 
     Args:
         first, second: measure once, and return seconds.
-        most_pairs: at most.
+        most_pairs: at most, those before included.
         least_gain: a smaller difference does not matter.
         may_go_on: asked before each pair but the first; False ends it.
+        before: pairs of an earlier duel between the two, which count too.
     """
-    ratios: list[float] = []
+    ratios = list(before)
     while len(ratios) < most_pairs and not _is_settled(ratios, least_gain):
         if ratios and not may_go_on():
             break
@@ -76,5 +92,5 @@ def _is_settled(ratios: Sequence[float], least_gain: float) -> bool:
 def ratio_of(ratios: Sequence[float]) -> Ratio:
     """The median, and the standard error of the mean; of one pair alone nothing is certain."""
     if len(ratios) < 2:
-        return Ratio(ratios[0], abs(ratios[0] - 1), 1)
-    return Ratio(median(ratios), max(stdev(ratios) / sqrt(len(ratios)), 0.002 * fmean(ratios)), len(ratios))
+        return Ratio(ratios[0], abs(ratios[0] - 1), tuple(ratios))
+    return Ratio(median(ratios), max(stdev(ratios) / sqrt(len(ratios)), 0.002 * fmean(ratios)), tuple(ratios))

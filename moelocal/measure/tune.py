@@ -3,7 +3,8 @@
 The planner's choice comes first. Then one thing after another is varied, what costs most first: where weights are and
 how they are laid out, threads for decode, threads and batches for prompts, flash attention, the cache's type. Each
 variation and the best so far take turns, and only what is faster beyond the noise becomes the best. What the cost model
-puts far behind is not tried. At the end the best and the planner's choice take turns once more.
+puts far behind is not tried. In the time that is left, what looked faster within the noise is measured further. At the
+end the best and the planner's choice take turns once more.
 """
 
 from __future__ import annotations
@@ -27,12 +28,24 @@ _LEAST_GAIN = 0.01
 _KV_GAIN = 0.10  # a coarser cache must save so much
 _FAR = 1.6  # times the best's predicted seconds: the cost model is never so wrong
 _MOST_PAIRS, _LAST_PAIRS = 7, 5
+_MORE_PAIRS, _LIMIT_PAIRS = 4, 23  # of a second look; in all
+_LOOKS_SHARE = 0.8  # of the time, for all but the last check
 _PROMPTS = (512, 256, 128)
 _PROMPT_S = 4.0  # a prompt should not take longer
 N_ANSWER = 24
 _CPU_UBATCHES, _GPU_UBATCHES = (256, 512, 1024), (512, 1024, 2048, 4096)
 _ORDER = ("weights", "threads", "threads_batch", "n_ubatch", "flash_attn", "kv_type")
 Fields = dict[str, Any]
+
+
+class _Trial(NamedTuple):
+    """A variation: what is different, whether it shows in prompts and in answers, the gain below which it does not
+    matter, and what was measured of it so far."""
+
+    change: Fields
+    parts: tuple[bool, bool]
+    least_gain: float
+    ratio: Ratio | None = None
 
 
 class Step(NamedTuple):
@@ -71,10 +84,12 @@ class Tuner:
         self.n_prompt = _PROMPTS[0]
         self._base = replace(request, n_ctx=request.n_ctx or self._n_ctx())
         self._asked = request
-        self._load, self._deadline = load, time.monotonic() + seconds
+        self._load, start = load, time.monotonic()
+        self._deadline, self._last_look = start + seconds, start + _LOOKS_SHARE * seconds
         self._sessions: list[Session] = []
         self._noise = random.Random(0)
         self._is_complete = False
+        self._open: list[_Trial] = []  # may be faster
         self.best: Fields = {}
         self.gain = 1.0
 
@@ -91,7 +106,9 @@ class Tuner:
                     if not self._has_time():
                         is_complete = False
                         break
-                    yield self._try(change, _parts_of(name), _KV_GAIN if name == "kv_type" else _LEAST_GAIN)
+                    least = _KV_GAIN if name == "kv_type" else _LEAST_GAIN
+                    yield self._try(_Trial(change, _parts_of(name), least), _MOST_PAIRS)
+            yield from self._look_again()
             self._check()
             self._is_complete = is_complete
         finally:
@@ -168,33 +185,54 @@ class Tuner:
                 self.n_prompt = n
                 return
 
-    def _try(self, change: Fields, parts: tuple[bool, bool], least_gain: float) -> Step:
-        first, second = self.plan(self.best), self.plan(self.best | change)
+    def _try(self, trial: _Trial, n_pairs: int, is_last: bool = False) -> Step:
+        """Measures a variation; `is_last`: it will not be measured again, so that what is likely is enough."""
+        first, second = self.plan(self.best), self.plan(self.best | trial.change)
+        before = trial.ratio.pairs if trial.ratio else ()
         try:
-            ratio = self._duel(first, second, parts, least_gain, _MOST_PAIRS)
+            ratio = self._duel(first, second, trial, len(before) + n_pairs)
         except (LoadFailed, OutOfMemory):
-            return Step(change, None, False)
-        is_taken = ratio.is_faster and ratio.value < 1 - least_gain
+            return Step(trial.change, None, False)
+        is_taken = ratio.value < 1 - trial.least_gain and (ratio.is_likely_faster if is_last else ratio.is_faster)
         if is_taken:
-            self.best = self.best | change
-            self.gain /= ratio.value if all(parts) else 1.0
-        return Step(change, ratio, is_taken)
+            if "threads" in trial.change and self._asked.threads_batch is None:  # else prompts would follow, unmeasured
+                self.best = {"threads_batch": first.threads_batch or first.threads} | self.best
+            self.best = self.best | trial.change
+            self.gain /= ratio.value if all(trial.parts) else 1.0
+        elif not is_last and ratio.may_be_faster(trial.least_gain):
+            self._open.append(trial._replace(ratio=ratio))
+        return Step(trial.change, ratio, is_taken)
+
+    def _look_again(self) -> Generator[Step, None, None]:
+        """Measures further what looked faster within the noise, what promises most first."""
+        while self._open:
+            trial = min(self._open, key=lambda trial: trial.ratio.value if trial.ratio else 1.0)
+            self._open.remove(trial)
+            n_pairs = trial.ratio.n_pairs if trial.ratio else 0
+            is_last = n_pairs + _MORE_PAIRS > _LIMIT_PAIRS or time.monotonic() > self._last_look
+            yield self._try(trial, 1 if is_last else _MORE_PAIRS, is_last)
 
     def _check(self) -> None:
         """The best against the planner's choice, in whole turns; what is not faster is given up."""
         if not self.best:
             return
-        ratio = self._duel(self.plan({}), self.plan(self.best), (True, True), _LEAST_GAIN, _LAST_PAIRS)
+        ratio = self._duel(self.plan({}), self.plan(self.best), _Trial({}, (True, True), _LEAST_GAIN), _LAST_PAIRS)
         self.gain = 1 / ratio.value
         if ratio.value > 1 - _LEAST_GAIN / 2:
             self.best, self.gain = {}, 1.0
 
-    def _duel(self, first: Plan, second: Plan, parts: tuple[bool, bool], least_gain: float, most: int) -> Ratio:
-        sizes = (self.n_prompt if parts[0] else 0, N_ANSWER if parts[1] else 0)
+    def _duel(self, first: Plan, second: Plan, trial: _Trial, most: int) -> Ratio:
+        """A trial's two plans, with the pairs that were measured before."""
+        sizes = (self.n_prompt if trial.parts[0] else 0, N_ANSWER if trial.parts[1] else 0)
         for plan in (first, second):  # loads, and brings weights in
             self.measure(plan, (min(sizes[0], 32), min(sizes[1], 4)))
         return duel(
-            lambda: self.measure(first, sizes), lambda: self.measure(second, sizes), most, least_gain, self._has_time
+            lambda: self.measure(first, sizes),
+            lambda: self.measure(second, sizes),
+            most,
+            trial.least_gain,
+            self._has_time,
+            trial.ratio.pairs if trial.ratio else (),
         )
 
     def measure(self, plan: Plan, sizes: tuple[int, int]) -> float:

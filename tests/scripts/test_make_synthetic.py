@@ -103,3 +103,15 @@ def test_no_made_up_token_comes_twice() -> None:
     assert len(set(pieces)) == len(pieces)
     with pytest.raises(ValueError, match="made-up tokens"):
         synthetic.made_up_merges(1_000_000)
+
+
+def test_a_skew_makes_routers_like_some_experts_more(tmp_path: Path) -> None:
+    shares = []
+    for skew in (0.0, 2.0):
+        path = tmp_path / f"{skew}.gguf"
+        synthetic.write_model("tiny-qwen3moe", path, skew=skew)
+        command = [sys.executable, "-m", "moelocal", "experts", str(path), "--json", "--text", "-"]
+        text = "".join(f"{i}, the rain in a train. " for i in range(60))
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        shares.append(min(layer["top_half_share"] for layer in json.loads(done.stdout)["layers"]))
+    assert shares[1] > 0.9 > shares[0]
