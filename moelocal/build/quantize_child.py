@@ -7,6 +7,7 @@ Out: llama.cpp's log, each line after its level, and a line `= STATUS` after the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -50,8 +51,9 @@ def _end_with_parent(files: list[str], is_whole: threading.Event) -> None:
     """Waits for the end of the parent, and does not survive it."""
     sys.stdin.read()
     if not is_whole.is_set():
-        for file in files:
-            Path(file).unlink(missing_ok=True)
+        for path in map(Path, files):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     os._exit(1)
 
 
