@@ -44,6 +44,7 @@ class Family(NamedTuple):
     kind: str
     tokenizer: str
     config: dict[str, Any]
+    is_without_mtp: bool = False
 
 
 FAMILIES = {
@@ -54,8 +55,8 @@ FAMILIES = {
         }),
         Family("Qwen2-MoE", "qwen2_moe", "qwen3", {**_QWEN_MOE, "norm_topk_prob": False}),
         Family("Qwen3-MoE", "qwen3_moe", "qwen3", _QWEN_MOE),
-        Family("Qwen3-Next", "qwen3_next", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}),
-        Family("Qwen3.5-MoE", "qwen3_5_moe_text", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}),
+        Family("Qwen3-Next", "qwen3_next", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}, True),
+        Family("Qwen3.5-MoE", "qwen3_5_moe_text", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}, True),
         Family("DeepSeek-V2", "deepseek_v2", "deepseek_v3", {
             **_DEEPSEEK, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False,
             "routed_scaling_factor": 1.0,
@@ -208,13 +209,15 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
     model.save_pretrained(folder)
 
 
-def convert(folder: Path, out: Path, llama_cpp: Path) -> None:
+def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
     """Converts with llama.cpp's own converter.
 
     Raises:
         SystemExit: it cannot, with its last line.
     """
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", out]
+    if family.is_without_mtp:
+        command.append("--no-nextn")  # as `moelocal convert` does: transformers makes no layers for a second token
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"converter: {done.stderr.strip().splitlines()[-1]}")
@@ -238,7 +241,7 @@ def main() -> int:
 
     kind, work, llama_cpp, tokenizer = sys.argv[1], *map(Path, sys.argv[2:5])
     make(FAMILIES[kind], work / "hf", tokenizer)
-    convert(work / "hf", work / "model.gguf", llama_cpp)
+    convert(FAMILIES[kind], work / "hf", work / "model.gguf", llama_cpp)
     tokens, found = logits(work / "hf")
     (work / "tokens.json").write_text(json.dumps(tokens))
     np.save(work / "logits.npy", found)

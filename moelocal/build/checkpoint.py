@@ -35,6 +35,7 @@ _PARENTS_KEPT = {
     "Step3p7ForConditionalGeneration",
     "KimiK3ForConditionalGeneration",
 }
+_PREDICTS = ("Qwen3NextFor", "Qwen3_5For", "Qwen3_5MoeFor")
 _TEXT_CONFIGS = ("llm_config", "lm_config", "language_config", "lfm")
 _MOST_HEAD_BYTES = 100 << 20  # as the safetensors library
 _POINTER = b"version https://git-lfs"
@@ -68,6 +69,13 @@ class Checkpoint:
             return "bf16" if told == "bfloat16" else "f16"
         kinds = (tensor.dtype for tensor in self.tensors if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16"))
         return next(kinds, "f16").lower()
+
+    @property
+    def lacks_prediction(self) -> bool:
+        """Whether the layers that predict a second token are missing where the converter expects them: transformers
+        leaves them out when it saves such a model."""
+        is_expected = self.architecture.startswith(_PREDICTS) and bool(self.tensors)
+        return is_expected and not any("mtp." in tensor.name for tensor in self.tensors)
 
     def output_bytes(self, type_name: str) -> int:
         """About what the output takes in one of `TYPES`."""

@@ -254,6 +254,8 @@ def _arguments(job: ConvertJob, target: Path) -> list[str]:
         arguments += ["--split-max-size", str(job.split_bytes)]
     if job.name is not None:
         arguments += ["--model-name", job.name]
+    if job.checkpoint.lacks_prediction:
+        arguments.append("--no-nextn")  # else the converter waits for layers that are not there
     return arguments
 
 
