@@ -51,7 +51,8 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is converted. `tensors` is empty for PyTorch's own files, whose heads are not read; `n_bytes`: all of it."""
+    """What is converted. `tensors` is empty where heads were not read: PyTorch's own files, the hub's. `n_bytes`: of
+    all weights."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -61,7 +62,10 @@ class Checkpoint:
 
     @property
     def best_type(self) -> str:
-        """The 16-bit type that loses nothing: that of the first matrix that has one."""
+        """The 16-bit type that loses nothing: that of the first matrix that has one; without heads what is told."""
+        if not self.tensors:
+            told = self.config.get("dtype", self.config.get("torch_dtype"))
+            return "bf16" if told == "bfloat16" else "f16"
         kinds = (tensor.dtype for tensor in self.tensors if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16"))
         return next(kinds, "f16").lower()
 
@@ -218,7 +222,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder / CONFIG)
     architecture = architecture_of(config)
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise BadRequest(f"{folder} cannot be read: {error.strerror}.", "Check who may read it.") from error
     check_tokenizer(names, str(folder))
     parts = _parts(folder, names)
     if parts[0].suffix != ".safetensors":

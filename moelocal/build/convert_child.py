@@ -99,7 +99,9 @@ if __name__ == "__main__":
     except BaseException as error:
         trace = traceback.extract_tb(error.__traceback__)
         at = f"{Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
-        tell(error=type(error).__name__, text=str(error), errno=getattr(error, "errno", None), at=at)
+        functions = [frame.name for frame in trace]
+        number = getattr(error, "errno", None)
+        tell(error=type(error).__name__, text=str(error), errno=number, at=at, functions=functions)
         traceback.print_exc()
         _OUT.flush()
         os._exit(1)
