@@ -38,13 +38,16 @@ _QWEN_MOE = {
 
 
 class Family(NamedTuple):
-    """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets."""
+    """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is the architecture's
+    name in published checkpoints, where transformers saves another one, which the converter does not know.
+    """
 
     name: str
     kind: str
     tokenizer: str
     config: dict[str, Any]
     is_without_mtp: bool = False
+    published: str = ""
 
 
 FAMILIES = {
@@ -89,7 +92,7 @@ FAMILIES = {
         Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
             "attention_bias": True, "lm_head_bias": True,
-        }),
+        }, published="PhiMoEForCausalLM"),
         Family("gpt-oss", "gpt_oss", "gptoss", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
             "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -165,20 +168,31 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def padded(n_tokens: int) -> int:
+    """The next multiple of 64."""
+    return -(-n_tokens // 64) * 64
+
+
 def vocabulary(folder: Path) -> dict[str, int]:
-    """Its size, and the ids of the tokens that begin and end a text."""
+    """Its size, padded to a multiple of 64 as published models with Mamba layers are (the converter relies on it), and
+    the ids of the tokens that begin and end a text.
+    """
     if not (folder / "tokenizer.json").exists():
         import sentencepiece
 
         model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        return {"vocab_size": model.vocab_size(), "bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
+        return {
+            "vocab_size": padded(model.vocab_size()),
+            "bos_token_id": model.bos_id(),
+            "eos_token_id": model.eos_id(),
+        }
     found = json.loads((folder / "tokenizer.json").read_text())
     ids = dict(found["model"]["vocab"]) | {token["content"]: token["id"] for token in found["added_tokens"]}
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     names = {key: settings.get(key) for key in ("bos_token", "eos_token")}
     texts = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items()}
     last = max(ids.values())
-    return {"vocab_size": last + 1} | {f"{key}_id": ids.get(text, last) for key, text in texts.items()}
+    return {"vocab_size": padded(last + 1)} | {f"{key}_id": ids.get(text, last) for key, text in texts.items()}
 
 
 def make(family: Family, folder: Path, tokenizer: Path) -> None:
@@ -207,6 +221,9 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
             elif value.ndim >= 2 and "conv" not in name and "rotary" not in name:
                 value.normal_(0, 0.06)
     model.save_pretrained(folder)
+    if family.published:
+        saved = folder / "config.json"
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"architectures": [family.published]}))
 
 
 def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
