@@ -38,8 +38,8 @@ _QWEN_MOE = {
 
 
 class Family(NamedTuple):
-    """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is the architecture's
-    name in published checkpoints, where transformers saves another one, which the converter does not know.
+    """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is what
+    config.json says in published checkpoints, where transformers saves it otherwise, in a way unknown to the converter.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Family(NamedTuple):
     tokenizer: str
     config: dict[str, Any]
     is_without_mtp: bool = False
-    published: str = ""
+    published: dict[str, Any] = {}  # noqa: RUF012
 
 
 FAMILIES = {
@@ -88,11 +88,11 @@ FAMILIES = {
             "num_experts_per_tok": 2, "attention_multiplier": 0.125, "position_embedding_type": "nope",
             "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 8, "mamba_d_head": 64,
             "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_conv": 4,
-        }),
+        }, published={"layer_types": ["mamba", "mamba", "attention", "mamba"]}),
         Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
             "attention_bias": True, "lm_head_bias": True,
-        }, published="PhiMoEForCausalLM"),
+        }, published={"architectures": ["PhiMoEForCausalLM"]}),
         Family("gpt-oss", "gpt_oss", "gptoss", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
             "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -223,7 +223,7 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
     model.save_pretrained(folder)
     if family.published:
         saved = folder / "config.json"
-        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"architectures": [family.published]}))
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | family.published))
 
 
 def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
