@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     config: dict[str, Any]
     is_without_mtp: bool = False
     published: dict[str, Any] = {}  # noqa: RUF012
+    tokens: tuple[str, ...] = ()  # added to the tokenizer: the converter asks for them
 
 
 FAMILIES = {
@@ -92,6 +94,9 @@ FAMILIES = {
         Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
             "attention_bias": True, "lm_head_bias": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": 2048,
+            },
         }, published={"architectures": ["PhiMoEForCausalLM"]}),
         Family("gpt-oss", "gpt_oss", "gptoss", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
@@ -101,11 +106,11 @@ FAMILIES = {
             "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
             "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
             "norm_topk_prob": True, "num_nextn_predict_layers": 0,
-        }),
+        }, tokens=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>")),
         Family("DBRX", "dbrx", "gptoss", {
             "d_model": 256, "n_heads": 4, "n_layers": 4, "max_seq_len": 2048,
             "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 8, "moe_top_k": 2, "moe_loss_weight": 0.0},
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         }),
         Family("Llama 4", "llama4_text", "llama3_1", {
             "intermediate_size": 256, "intermediate_size_mlp": 512, "num_local_experts": 8, "num_experts_per_tok": 1,
@@ -195,6 +200,16 @@ def vocabulary(folder: Path) -> dict[str, int]:
     return {"vocab_size": padded(last + 1)} | {f"{key}_id": ids.get(text, last) for key, text in texts.items()}
 
 
+def _add_tokens(path: Path, texts: Sequence[str]) -> None:
+    """Adds control tokens to a tokenizer."""
+    found = json.loads(path.read_text())
+    at = max([*found["model"]["vocab"].values(), *(token["id"] for token in found["added_tokens"])]) + 1
+    for number, text in enumerate(texts, at):
+        shape = found["added_tokens"][-1] | {"id": number, "content": text, "special": True}
+        found["added_tokens"].append(shape)
+    path.write_text(json.dumps(found))
+
+
 def make(family: Family, folder: Path, tokenizer: Path) -> None:
     """Writes a random checkpoint; the same one every time. Embeddings are wide, as in trained models: what a layer adds
     must not drown what it was given, or every token is a tie."""
@@ -206,6 +221,8 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added")):
             shutil.copy(file, folder / file.name)
+    if family.tokens:
+        _add_tokens(folder / "tokenizer.json", family.tokens)
     config = transformers.AutoConfig.for_model(family.kind, **{**_SHAPE, **vocabulary(folder), **family.config})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
