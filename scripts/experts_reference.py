@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moelocal.engine.nodes import route
 from moelocal.engine.session import load
-from moelocal.engine.watch import Watch, route
+from moelocal.engine.watch import Watch
 from moelocal.measure.routing import built_in
 from moelocal.model.header import read_header
 from moelocal.plan.planner import Plan

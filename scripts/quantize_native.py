@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,8 @@ from typing import Any, NamedTuple
 from moelocal.build.types import TYPES
 from moelocal.engine import llama
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 DEMO = ROOT / "moelocal" / "model" / "demo" / "demo.gguf"
 HASHES = ROOT / "tests" / "data" / "quantize_native.json"
 MB = 1_000_000
@@ -153,15 +155,45 @@ def tensor_bytes(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_imatrix(path: Path) -> None:
+    """A made-up importance matrix of the demo: each input of each expert has its own weight; expert 0 was not seen."""
+    from moelocal.model.header import ValueType, read_header
+    from tests.gguf_bytes import Typed, TypedArray, header_bytes
+
+    rows: list[tuple[str, tuple[int, ...], int]] = []
+    data = bytearray()
+    for tensor in read_header(DEMO).tensors:
+        n_in, _, n_experts = (*tensor.shape, 1, 1)[:3]
+        if len(tensor.shape) < 2 or "ffn_gate_inp" in tensor.name or "token_embd" in tensor.name:
+            continue
+        counts = [100.0 * expert if n_experts > 1 else 100.0 for expert in range(n_experts)]
+        sums = [
+            count * (1 + (7 * column + 13 * expert) % 32)
+            for expert, count in enumerate(counts)
+            for column in range(n_in)
+        ]
+        for what, shape, values in (("in_sum2", (n_in, n_experts), sums), ("counts", (1, n_experts), counts)):
+            rows.append((f"{tensor.name}.{what}", shape, 0))
+            data += struct.pack(f"<{len(values)}f", *values)
+            data += bytes(-len(data) % 32)
+    keys = {
+        "general.type": "imatrix",
+        "imatrix.datasets": TypedArray(ValueType.STRING, ["made up"]),
+        "imatrix.chunk_count": Typed(ValueType.UINT32, 10),
+        "imatrix.chunk_size": Typed(ValueType.UINT32, 512),
+    }
+    path.write_bytes(header_bytes(keys, rows) + data)
+
+
 def write_hashes(native: Path) -> None:
-    """What llama-quantize makes of the demo, for each type that needs no importance matrix."""
+    """What llama-quantize makes of the demo: without an importance matrix where it can, else with the made-up one."""
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
-        out = Path(name) / "out.gguf"
+        out, imatrix = Path(name) / "out.gguf", Path(name) / "imatrix.gguf"
+        write_imatrix(imatrix)
         for kind in TYPES.values():
-            if kind.imatrix == "required":
-                continue
-            command = [str(native / "llama-quantize"), "--allow-requantize", str(DEMO), str(out), kind.name, "2"]
+            more = ["--imatrix", str(imatrix)] if kind.imatrix == "required" else []
+            command = [str(native / "llama-quantize"), "--allow-requantize", *more, str(DEMO), str(out), kind.name, "2"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[kind.name] = tensor_bytes(out)
     document = {"made by": "scripts/quantize_native.py --hashes", "system": llama.system_info(), "sha256": found}

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moelocal.model.download import free_bytes
 from moelocal.model.store import made_folder
 from moelocal.units import format_bytes
 
-_SUFFIX = ".part"
+_PART, _WORK = ".part", ".work"
 
 
 def made_here(name: str) -> Path:
@@ -41,11 +42,8 @@ def writing(path: Path, need_bytes: int = 0, replace: bool = False) -> Iterator[
         BadRequest: `path` is a folder, or exists and may not be replaced.
         MoelocalError: no room, or the disk failed.
     """
-    if path.is_dir():
-        raise BadRequest(f"{path} is a folder.", f"Name a file in it: {path / 'model.gguf'}")
-    if path.exists() and not replace:
-        raise BadRequest(f"{path} exists already.", "Name another one, or allow it to be replaced: --force")
-    part = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    check_free(path, replace)
+    part = _beside(path, _PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -61,13 +59,67 @@ def writing(path: Path, need_bytes: int = 0, replace: bool = False) -> Iterator[
             part.unlink()
 
 
+@contextlib.contextmanager
+def workspace(path: Path, need_bytes: int = 0) -> Iterator[Path]:
+    """A hidden folder beside `path` for what is on the way to it, removed at the end in any case.
+
+    Args:
+        need_bytes: room that must be free on its disk.
+
+    Raises:
+        MoelocalError: no room, or the disk failed.
+    """
+    folder = _beside(path, _WORK)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        _check_room(path, need_bytes)
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        raise _translated(error, path) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(parts: list[Path], folder: Path) -> list[Path]:
+    """Moves whole files into a folder of the same disk, under their own names; the first one, by which a split model is
+    opened, last.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    for part in parts:
+        _sync(part)
+    for part in reversed(parts):
+        os.replace(part, folder / part.name)
+    _sync(folder)
+    return [folder / part.name for part in parts]
+
+
+def check_free(path: Path, replace: bool) -> None:
+    """Looks whether a file may be made.
+
+    Raises:
+        BadRequest: `path` is a folder, or exists and may not be replaced.
+    """
+    if path.is_dir():
+        raise BadRequest(f"{path} is a folder.", f"Name a file in it: {path / 'model.gguf'}")
+    if path.exists() and not replace:
+        raise BadRequest(f"{path} exists already.", "Name another one, or allow it to be replaced: --force")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+
+
 def _remove_leftovers(path: Path) -> None:
     import psutil
 
-    ours = re.compile(re.escape(f".{path.name}.") + r"(\d+)" + re.escape(_SUFFIX))
+    ours = re.compile(re.escape(f".{path.name}.") + rf"(\d+)(?:{_PART}|{_WORK})")
     for other in path.parent.iterdir():
         if (match := ours.fullmatch(other.name)) and not psutil.pid_exists(int(match[1])):
-            other.unlink(missing_ok=True)
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
 
 
 def _check_room(path: Path, need_bytes: int) -> None:

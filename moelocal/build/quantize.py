@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.build import refusals
 from moelocal.build.output import writing
+from moelocal.build.quantize_child import SHARDS
 from moelocal.build.quantizer import Quantizer
 from moelocal.build.types import COPY, QuantType, file_type, quant_type, tensor_type
 from moelocal.errors import BadGGUF, MoelocalError
@@ -217,7 +218,6 @@ def _rehearsed(
 def _settings(job: QuantizeJob, header: GGUFHeader, imatrix: Imatrix | None) -> dict[str, object]:
     """`engine.quantizing.Settings` without the importances, which the child reads itself."""
     kind = job.kind
-    exact = [(f"^{re.escape(name)}$", of) for name, of in job.tensor_types.items()]
     metadata: dict[str, int | str] = {}
     if imatrix is not None and job.imatrix is not None:
         metadata["quantize.imatrix.file"] = job.imatrix.name
@@ -229,7 +229,7 @@ def _settings(job: QuantizeJob, header: GGUFHeader, imatrix: Imatrix | None) -> 
     return {
         "file_type": file_type(kind),
         "threads": job.threads or 0,
-        "overrides": [(pattern, tensor_type(of)) for pattern, of in (*job.patterns, *exact)],
+        "overrides": [(pattern, tensor_type(of)) for pattern, of in (*job.patterns, *_exactly(job.tensor_types))],
         "output_type": None if job.output_type is None else tensor_type(job.output_type),
         "embedding_type": None if job.embedding_type is None else tensor_type(job.embedding_type),
         "only_copy": kind.name == COPY,
@@ -237,6 +237,18 @@ def _settings(job: QuantizeJob, header: GGUFHeader, imatrix: Imatrix | None) -> 
         "keep_split": _is_split(job, header),
         "metadata": metadata,
     }
+
+
+def _exactly(tensor_types: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Patterns for tensors by name, a few only: llama.cpp tries each one on each tensor, twice."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name, of in tensor_types.items():
+        if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
+            layers.setdefault((match[2], of), []).append(match[1])
+        else:
+            yield f"^{re.escape(name)}$", of
+    for (rest, of), numbers in layers.items():
+        yield rf"^blk\.(?:{'|'.join(numbers)})\.{re.escape(rest)}$", of
 
 
 def _changes(header: GGUFHeader, lines: Sequence[str]) -> tuple[TensorChange, ...]:
@@ -313,7 +325,7 @@ def _targets(parts: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Path]]]:
     if len(parts) == 1:
         yield parts[0], parts
         return
-    folder = parts[0].with_suffix(".shards")
+    folder = parts[0].with_suffix(SHARDS)
     files = [folder / f"m-{i + 1:05d}-of-{len(parts):05d}.gguf" for i in range(len(parts))]
     try:
         folder.mkdir()

@@ -7,6 +7,7 @@ Out: llama.cpp's log, each line after its level, and a line `= STATUS` after the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+
+SHARDS = ".shards"  # of a hidden folder, while a split model is made
 
 
 def _main() -> None:
@@ -50,8 +53,11 @@ def _end_with_parent(files: list[str], is_whole: threading.Event) -> None:
     """Waits for the end of the parent, and does not survive it."""
     sys.stdin.read()
     if not is_whole.is_set():
-        for file in files:
-            Path(file).unlink(missing_ok=True)
+        for path in map(Path, files):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                if path.parent.suffix == SHARDS:
+                    path.parent.rmdir()  # with the last of them
     os._exit(1)
 
 

@@ -146,7 +146,7 @@ def _check_belongs(path: Path, changes: Sequence[TensorChange], imatrix: Imatrix
         raise BadRequest(
             f"{path} is of another model: of its {len(imatrix.entries):,} tensors this one has {len(made):,}, and not "
             f"{strange}.",
-            "Give the importance matrix of this very model.",
+            "Give the importance matrix of this very model, or none: --imatrix none",
         )
     for change in made:
         n_matrices = change.shape[2] if len(change.shape) > 2 else 1
@@ -154,5 +154,5 @@ def _check_belongs(path: Path, changes: Sequence[TensorChange], imatrix: Imatrix
         if found != wanted and change.name not in _UNWEIGHTED:
             raise BadRequest(
                 f"{path} is of another model: for {change.name} it has {found:,} values, not {wanted:,}.",
-                "Give the importance matrix of this very model.",
+                "Give the importance matrix of this very model, or none: --imatrix none",
             )

@@ -35,6 +35,7 @@ COMMANDS = {
     "tune": "tune",
     "experts": "experts",
     "eval": "evaluate",
+    "convert": "convert",
     "quantize": "quantize",
     "worker": "worker",
 }

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from moelocal.measure.routing import Passage, Run
     from moelocal.model.facts import ModelFacts
 
-_MOST_TEXT_BYTES = 16 << 20
 _N_CTX = 2048
 _LEAST_KEPT = 256  # tokens
 
@@ -135,48 +134,13 @@ def _keep(model: str, run: Run) -> None:
 
 
 def _passages(analysis: Analysis) -> list[Passage]:
-    """The texts to run: files, standard input, or the built-in ones.
+    """The texts to run."""
+    from moelocal.cli.texts import passage, passages
 
-    Raises:
-        BadRequest: one is missing, empty or binary.
-    """
-    from moelocal.measure.routing import built_in
-
-    if analysis.compare is not None:
-        if analysis.compare[0] == analysis.compare[1]:
-            raise BadRequest("--compare got the same text twice.", "Give two different texts.")
-        both = [_passage(file) for file in analysis.compare]
-        same = both[0].name == both[1].name
-        return [one._replace(name=file) for one, file in zip(both, analysis.compare, strict=True)] if same else both
-    if analysis.text is not None:
-        return [_passage(analysis.text)]
-    if sys.stdin is not None and not sys.stdin.isatty() and (piped := _read("-")).strip():
-        return [_checked("standard input", piped)]
-    return built_in()
-
-
-def _passage(file: str) -> Passage:
-    return _checked("standard input" if file == "-" else Path(file).name, _read(file))
-
-
-def _read(file: str) -> str:
-    from moelocal.cli.opening import read_text
-    from moelocal.paths import user_path
-
-    if file != "-":
-        return read_text(user_path(file), "text", _MOST_TEXT_BYTES)
-    from moelocal.cli.run import _read_stdin
-
-    return "" if sys.stdin is None else _read_stdin()
-
-
-def _checked(name: str, text: str) -> Passage:
-    from moelocal.measure.routing import Passage
-
-    if not text.strip():
-        raise BadRequest(
-            f"The text from {name} is empty.", "Give one with content, or leave it out: built-in ones run."
-        )
-    if "\0" in text:
-        raise BadRequest(f"{name} holds NUL characters, so it is binary data.", "Give a text in UTF-8.")
-    return Passage(name, text)
+    if analysis.compare is None:
+        return passages(analysis.text)
+    if analysis.compare[0] == analysis.compare[1]:
+        raise BadRequest("--compare got the same text twice.", "Give two different texts.")
+    both = [passage(file) for file in analysis.compare]
+    same = both[0].name == both[1].name
+    return [one._replace(name=file) for one, file in zip(both, analysis.compare, strict=True)] if same else both

@@ -20,10 +20,10 @@ from moelocal.paths import runs_file, tuned_file
 if TYPE_CHECKING:
     from moelocal.cli.options import Generation, Placement
     from moelocal.engine.meter import Meter
+    from moelocal.engine.nodes import NodeReader
     from moelocal.engine.prompt import Prompter
     from moelocal.engine.sampling import Sampling
     from moelocal.engine.session import Session
-    from moelocal.engine.watch import Watch
     from moelocal.machine.hardware import Machine
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
@@ -73,7 +73,7 @@ def open_model(
     verbose: bool = False,
     raw: bool = False,
     one_shot: bool = False,
-    watch: Watch | None = None,
+    watch: NodeReader | None = None,
 ) -> Opened:
     """Reads, plans and loads a model, with a progress bar when that takes a while.
 
@@ -204,7 +204,7 @@ class _Loader(NamedTuple):
     bar: LoadingBar
     one_shot: bool
     meanwhile: threading.Thread  # started when the interpreter has nothing else to do
-    watch: Watch | None = None
+    watch: NodeReader | None = None
 
     def load(self, machine: Machine, plan_for: Callable[[Machine], Plan]) -> Session:
         """Loads, steps down once if needed, and remembers what worked."""

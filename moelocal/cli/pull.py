@@ -81,7 +81,7 @@ def pull(model: Wanted, placement: opt.Placement, yes: Yes = False, as_json: opt
         return
     else:
         check_room(targets_of(listing, taken.model))
-    view = _View()
+    view = DownloadView()
     try:
         paths = download(listing, taken.model, view.update)
     except KeyboardInterrupt:
@@ -336,7 +336,7 @@ def _tell(name: str, paths: tuple[Path, ...], quant: str, as_json: bool, choice:
     note(f'Run it: moelocal run {shlex.quote(name)} "Who are you?"')
 
 
-class _View:
+class DownloadView:
     """Progress on stderr: bars on a terminal, else a line now and then."""
 
     def __init__(self) -> None:

@@ -138,15 +138,15 @@ def _job(source: str, out: str | None, last: str | None, quantization: Quantizat
 
 
 def _sort_words(out: str | None, last: str | None, typed: str | None) -> tuple[str | None, str]:
-    """OUT and the type: `SOURCE Q4_K_M` and llama-quantize's `SOURCE OUT Q4_K_M` are understood too.
+    """OUT and the type: `SOURCE Q4_K_M`, and both words in either order, are understood too.
 
     Raises:
         BadRequest: there is no type, or there are two.
     """
     from moelocal.build.types import find_type
 
-    if last is None and out is not None and typed is None and find_type(out) is not None:
-        out, last = None, out
+    if out is not None and typed is None and find_type(out) and not (last and find_type(last)):
+        out, last = last, out
     if last is not None and typed is not None:
         raise BadRequest(f"There are two types, {last} and {typed}.", "Give one of them.")
     if last is None and typed is None:

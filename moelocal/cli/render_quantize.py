@@ -96,10 +96,10 @@ def show_types(kinds: Sequence[QuantType], n_values: int | None, out: TextIO) ->
     rows = []
     for kind in kinds:
         size = () if n_values is None else (f"~{format_bytes(n_values * kind.bits / 8)}",)
-        more = (kind.quality, kind.cpu, kind.gpu, _IMATRIX[kind.imatrix], kind.note)
+        more = (kind.quality, _IMATRIX[kind.imatrix], kind.cpu, kind.gpu, kind.note)
         rows.append((kind.name, f"{kind.bits:.1f}", *size, *more))
     size_head = () if n_values is None else ("Size",)
-    head = ("Type", "Bits", *size_head, "Quality", "CPU", "GPU", "Imatrix", "")
+    head = ("Type", "Bits", *size_head, "Quality", "Imatrix", "CPU", "GPU", "")
     _table(head, rows, "lr" + "r" * len(size_head) + "lllll", out)
 
 

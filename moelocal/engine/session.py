@@ -27,7 +27,7 @@ from moelocal.plan.llama_flags import flags_of_plan
 from moelocal.plan.planner import MemoryUse, Plan
 
 if TYPE_CHECKING:
-    from moelocal.engine.watch import Watch
+    from moelocal.engine.nodes import NodeReader
 
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _CHECKPOINT_BACK = 16  # tokens before the prompt's end: before the template's own opening of the answer
@@ -39,7 +39,7 @@ def load(
     plan: Plan,
     progress: Callable[[float], None] | None = None,
     one_shot: bool = False,
-    watch: Watch | None = None,
+    watch: NodeReader | None = None,
 ) -> Session:
     """Loads the weights as the plan says. The context is made when first needed: `reserve` can still set its size.
 
@@ -95,7 +95,7 @@ class Session(Vocabulary):
         self.cached: list[int] = []
         self.allocated: tuple[MemoryUse, ...] = ()  # per device, once the context is made
         self.timings: Timings | None = None  # of the last answer, an interrupted one too
-        self.watch: Watch | None = None  # takes effect when the context is made
+        self.watch: NodeReader | None = None  # takes effect when the context is made
         self._buffers = logged_buffers()
         low = self._low
         self._interrupt = interrupt

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moelocal.engine.nodes import route
 from moelocal.engine.session import Session
-from moelocal.engine.watch import Watch, route
+from moelocal.engine.watch import Watch
 from moelocal.errors import BadRequest, MoelocalError
 from moelocal.measure.experts import (
     CACHE_SHARES,

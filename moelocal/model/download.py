@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from moelocal.errors import BadGGUF, MoelocalError
 from moelocal.model.cache import leftovers
 from moelocal.model.client import hub_utils, patiently, prepare, translated
 from moelocal.model.header import merge_shards, parse_header, split_of
-from moelocal.model.hub import HubModel, Listing
+from moelocal.model.hub import Contents, HubFile, HubModel, Listing
 from moelocal.model.store import made_folder
 from moelocal.model.transfer import Target, Transfer, bytes_here, unusable
 from moelocal.units import format_bytes
@@ -62,6 +62,38 @@ def download(listing: Listing, model: HubModel, watch: Watch) -> tuple[Path, ...
         MoelocalError: no room on the disk, or it cannot be written.
     """
     targets = targets_of(listing, model)
+    _fetch_all(listing, targets, watch)
+    with _writing(targets[0].path.parent):
+        _check_set(listing, model, targets)
+    if model.is_cut:
+        return (targets[0].path,)
+    return _name_all(listing, targets)
+
+
+def download_files(contents: Contents, files: Sequence[HubFile], watch: Watch) -> tuple[Path, ...]:
+    """Fetches what is missing of some files of a repository, and returns where they are.
+
+    Raises:
+        HubError: the hub refuses, sends damaged bytes, or cannot be reached.
+        MoelocalError: no room on the disk, or it cannot be written.
+    """
+    targets = file_targets(contents, files)
+    _fetch_all(contents, targets, watch)
+    return _name_all(contents, targets)
+
+
+def file_targets(listing: Listing | Contents, files: Sequence[HubFile]) -> list[Target]:
+    """Where files go that stay as they are."""
+    blobs = cache_folder(listing.repo) / "blobs"
+    return [Target(blobs / file.digest, (file,)) for file in files]
+
+
+def _name_all(listing: Listing | Contents, targets: list[Target]) -> tuple[Path, ...]:
+    with translated(listing.repo), _writing(targets[0].path.parent):
+        return tuple(_named(listing, target.files[0].path, target) for target in targets)
+
+
+def _fetch_all(listing: Listing | Contents, targets: list[Target], watch: Watch) -> None:
     folder = targets[0].path.parent
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +111,6 @@ def download(listing: Listing, model: HubModel, watch: Watch) -> tuple[Path, ...
         with translated(listing.repo), _writing(folder):
             _fetch(listing, target, lambda n_done, waiting=False, i=index: report(i, n_done, waiting))
         report(index, target.n_bytes)
-    with _writing(folder):
-        _check_set(listing, model, targets)
-    if model.is_cut:
-        return (targets[0].path,)
-    with translated(listing.repo), _writing(folder):
-        return tuple(_named(listing, file.path, target) for file, target in zip(model.files, targets, strict=True))
 
 
 def _check_set(listing: Listing, model: HubModel, targets: list[Target]) -> None:
@@ -116,8 +142,7 @@ def targets_of(listing: Listing, model: HubModel) -> list[Target]:
         owner, _, name = listing.repo.partition("/")
         label = model.label if model.label == model.quant else model.stem.rpartition("/")[2]
         return [Target(made_folder() / owner / f"{name}-{label}.gguf", model.files)]
-    blobs = cache_folder(listing.repo) / "blobs"
-    return [Target(blobs / file.digest, (file,)) for file in model.files]
+    return file_targets(listing, model.files)
 
 
 def cache_folder(repo: str) -> Path:
@@ -182,14 +207,14 @@ def _setting(folder: Path) -> str:
     return "MOELOCAL_HOME" if folder.is_relative_to(made_folder()) else "HF_HOME"
 
 
-def _fetch(listing: Listing, target: Target, report: Callable[..., None]) -> None:
+def _fetch(listing: Listing | Contents, target: Target, report: Callable[..., None]) -> None:
     """One file, unless it is there; while another process fetches it, this one waits and shows how far that is."""
     with _locked(_lock_path(listing, target), lambda: report(bytes_here(target), True)):
         if not target.is_there:
             Transfer(target, listing.repo, listing.commit).run(report)
 
 
-def _lock_path(listing: Listing, target: Target) -> Path:
+def _lock_path(listing: Listing | Contents, target: Target) -> Path:
     """The lock of a file: huggingface_hub's own, so that its downloads and ours wait for each other."""
     if len(target.files) > 1:
         return _joined_lock(target.path)
@@ -222,7 +247,7 @@ def _locked(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _named(listing: Listing, file: str, target: Target) -> Path:
+def _named(listing: Listing | Contents, file: str, target: Target) -> Path:
     """Lets huggingface_hub name a file whose content is in the cache."""
     from huggingface_hub import hf_hub_download
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moelocal.errors import ModelNotFound, MoelocalError
 from moelocal.model.cache import shelf_of
@@ -67,11 +67,34 @@ class Listing:
     incomplete: tuple[str, ...] = ()
 
 
+class Contents(NamedTuple):
+    """All files of a repository at one commit; `names` has also those that are empty or lack a checksum."""
+
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+    names: tuple[str, ...]
+
+
 def list_models(repo: str) -> Listing:
     """The models of a repository, by one request to the hub.
 
     Raises:
         ModelNotFound: no such repository, or no GGUF file in it.
+        HubError: the hub refuses, or there is no way to it.
+    """
+    contents = list_files(repo)
+    models, incomplete = group(list(contents.files))
+    if not models:
+        raise _without_models(repo, list(contents.names), incomplete)
+    return Listing(contents.repo, contents.commit, models, incomplete)
+
+
+def list_files(repo: str) -> Contents:
+    """All files of a repository, by one request to the hub.
+
+    Raises:
+        ModelNotFound: no such repository.
         HubError: the hub refuses, or there is no way to it.
     """
     prepare()
@@ -86,16 +109,13 @@ def list_models(repo: str) -> Listing:
         with translated(repo):
             info = patiently(ask)
         commit, entries = _checked(info), list(info.siblings or ())
-        files = [file for entry in entries if (file := _file(entry)) is not None]
+        files = tuple(file for entry in entries if (file := _file(entry)) is not None)
     except OSError as error:
         hint = "Set HF_HOME to a folder of your own."
         raise MoelocalError(f"{error.filename or 'HF_HOME'} cannot be read: {error.strerror}.", hint) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # no JSON, or another's
         raise not_the_hub() from error
-    models, incomplete = group(files)
-    if not models:
-        raise _without_models(repo, [entry.rfilename for entry in entries], incomplete)
-    return Listing(_spelled(repo, info.id), commit, models, incomplete)
+    return Contents(_spelled(repo, info.id), commit, files, tuple(entry.rfilename for entry in entries))
 
 
 def _spelled(repo: str, told: object) -> str:

@@ -266,9 +266,11 @@ class Transfer:
                     f" hub with {file.digest[:12]}. It was removed.",
                     "Pull it again. If that happens twice, a proxy or this computer's memory may be at fault.",
                 )
+        name = target.files[0].path.rpartition("/")[2]
         try:
-            with target.partial.open("rb") as stream:
-                parse_header(stream, target.n_bytes, target.files[0].path.rpartition("/")[2])
+            if ".gguf" in name.lower():  # and not the files of a checkpoint
+                with target.partial.open("rb") as stream:
+                    parse_header(stream, target.n_bytes, name)
         except BadGGUF as error:
             target.partial.unlink(missing_ok=True)
             raise unusable(error) from error

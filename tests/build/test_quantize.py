@@ -20,13 +20,15 @@ from moelocal.build.types import COPY, TYPES, file_type
 from moelocal.engine import llama
 from moelocal.errors import BadRequest, MoelocalError
 from moelocal.model.header import GGML_TYPES, ValueType, read_header
-from tests.conftest import DEMO, ROOT
+from tests.conftest import DEMO, ROOT, script
 from tests.gguf_bytes import Typed, write_shards
 
 Tiny = Callable[[str], Path]
 NATIVE = json.loads((ROOT / "tests/data/quantize_native.json").read_text())
 QUICK = ["Q8_0", "Q6_K", "Q4_K_M", "Q2_K", "MXFP4_MOE", "Q4_0", "BF16"]
 OTHERS = [kind.name for kind in TYPES.values() if kind.imatrix != "required" and kind.name not in QUICK]
+
+HUNGRY = [kind.name for kind in TYPES.values() if kind.imatrix == "required"]
 
 
 def digest(path: Path) -> str:
@@ -62,6 +64,43 @@ def check(type_name: str, folder: Path) -> None:
 @pytest.mark.parametrize("type_name", QUICK)
 def test_every_byte_is_llama_quantizes(type_name: str, tmp_path: Path) -> None:
     check(type_name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "type_name",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind != "IQ2_XXS" else kind for kind in HUNGRY],
+)
+def test_every_byte_with_importances(type_name: str, tmp_path: Path) -> None:
+    imatrix = tmp_path / "made up.gguf"
+    script("quantize_native").write_imatrix(imatrix)
+    ours = made(DEMO, tmp_path / "ours.gguf", type_name, imatrix=imatrix)
+    found = {key: value for key, value in read_header(ours).metadata.items() if key.startswith("quantize.imatrix")}
+    n_matrices = sum(len(tensor.shape) > 1 for tensor in read_header(DEMO).tensors) - 5  # embeddings and routers
+    assert found == {
+        "quantize.imatrix.file": "made up.gguf",
+        "quantize.imatrix.dataset": "made up",
+        "quantize.imatrix.entries_count": n_matrices,
+        "quantize.imatrix.chunks_count": 10,
+    }
+    if llama.system_info() == NATIVE["system"]:
+        assert digest(ours) == NATIVE["sha256"][type_name]
+
+
+def test_importances_of_another_model(f16: Path, tiny: Tiny, tmp_path: Path) -> None:
+    imatrix = tmp_path / "made up.gguf"
+    script("quantize_native").write_imatrix(imatrix)
+    job = QuantizeJob(tiny("tiny-dense"), tmp_path / "out.gguf", "Q4_K_M", imatrix=imatrix, requantize=True)
+    with pytest.raises(
+        BadRequest, match=r"up.gguf is of another model: for blk.0.attn_k.weight it has 256 values, not 128"
+    ):
+        quantize(job)
+    with pytest.raises(
+        BadRequest, match=r"up.gguf is of another model: of its 28 tensors this one has \d+, and not blk"
+    ):
+        quantize(replace(job, source=tiny("tiny-deepseek2")))
+    needy = replace(job, source=f16, embedding_type="IQ2_XS", type_name="IQ2_XS")
+    with pytest.raises(MoelocalError, match=r"says nothing of token_embd.weight, and IQ2_XS"):
+        quantize(needy)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cli.test_run import command, refused, run
-from tests.conftest import DEMO
+from tests.conftest import DEMO, script
 
 QUANTIZE = ("quantize", "demo", "--requantize", "--threads", "1")
 SLOW_TYPE = "IQ3_S"  # takes seconds
@@ -52,7 +52,7 @@ def test_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("OUT", "Q4_K_M"), ("OUT", "--type", "Q4_K_M"), ("--type=q4_k", "OUT"), ("FOLDER/", "Q4_K")],
+    [("OUT", "Q4_K_M"), ("OUT", "--type", "Q4_K_M"), ("--type=q4_k", "OUT"), ("FOLDER/", "Q4_K"), ("Q4_K", "OUT")],
 )
 def test_where_it_goes(tmp_path: Path, words: tuple[str, ...]) -> None:
     paths = {"OUT": tmp_path / "new" / "x.gguf", "FOLDER/": tmp_path}
@@ -63,6 +63,16 @@ def test_where_it_goes(tmp_path: Path, words: tuple[str, ...]) -> None:
 
 def test_a_name_is_one_among_the_models_made_here(home: Path) -> None:
     assert quantize("mine", "Q4_K_M", "--dry-run")["output"] == str(home / "models" / "mine.gguf")
+
+
+def test_what_imatrix_made_of_the_source_is_used(home: Path) -> None:
+    imatrix = home / "models" / "demo.imatrix.gguf"
+    imatrix.parent.mkdir()
+    script("quantize_native").write_imatrix(imatrix)
+    done = run(*QUANTIZE, "IQ4_XS", "--dry-run", "--json")
+    assert json.loads(done.stdout)["imatrix"] == str(imatrix) and "--imatrix none" in done.stderr
+    assert quantize("IQ4_XS", "--dry-run", "--imatrix", "none")["imatrix"] is None
+    refused(run(*QUANTIZE, "Q4_K", "--imatrix", str(DEMO)), 1, "no importance matrix")
 
 
 def test_dry_run() -> None:

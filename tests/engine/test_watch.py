@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from moelocal.engine import llama
+from moelocal.engine.nodes import route
 from moelocal.engine.session import Session, load
-from moelocal.engine.watch import Choices, Watch, route
+from moelocal.engine.watch import Choices, Watch
 from moelocal.errors import MoelocalError
 from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header

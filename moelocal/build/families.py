@@ -1,0 +1,13 @@
+"""MoE families that llama.cpp does not support, each with the reason."""
+
+from __future__ import annotations
+
+_REASONS = {
+    "JetMoeForCausalLM": "its attention heads are experts too, and llama.cpp has no graph for that",
+    "SwitchTransformersForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
+}
+
+
+def unsupported_reason(architecture: str) -> str | None:
+    """Why llama.cpp cannot run an architecture (a name as in `config.json`); None: nothing is known against it."""
+    return _REASONS.get(architecture)
