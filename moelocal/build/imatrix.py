@@ -117,8 +117,7 @@ def collect(session: Session, activations: Activations, layout: Layout, unfinish
 def matrix(activations: Activations, layout: Layout, n_done: int, dataset: str) -> Imatrix:
     """What was collected, as a file holds it."""
     entries = {
-        name: Importance(inputs.sums, inputs.counts.astype(np.float32))
-        for name, inputs in activations.tensors.items()
+        name: Importance(inputs.sums, inputs.counts.astype(np.float32)) for name, inputs in activations.tensors.items()
     }
     return Imatrix(entries, (dataset,), n_done, layout.n_ctx)
 

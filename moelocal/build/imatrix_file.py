@@ -3,8 +3,8 @@
     imatrix = read(path)
     imatrix.entries["blk.0.ffn_down_exps.weight"].means()      # float32[n_experts, n_inputs], for the quantizer
 
-Source: llama.cpp 0c1e57098, tools/imatrix/imatrix.cpp `save_imatrix`, common/imatrix-loader.cpp, tools/quantize/quantize.cpp
-`load_imatrix`.
+Source: llama.cpp 0c1e57098, tools/imatrix/imatrix.cpp `save_imatrix`, common/imatrix-loader.cpp,
+tools/quantize/quantize.cpp `load_imatrix`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ COMMANDS = {
     "eval": "evaluate",
     "convert": "convert",
     "quantize": "quantize",
+    "imatrix": "imatrix",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""

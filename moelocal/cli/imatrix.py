@@ -1,4 +1,4 @@
-"""`moelocal imatrix`: which inputs of a model's weights are large, so that quantizing spares the weights that matter."""
+"""`moelocal imatrix`: which inputs of a model's weights are large: quantizing then spares those weights."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def _unfinished(path: Path, texts: list[Passage], layout: Layout, calibration: C
     return Unfinished(digest.hexdigest()[:24])
 
 
-def _run(
-    session: Session, activations: Activations, layout: Layout, unfinished: Unfinished, verbose: bool
-) -> Step:
+def _run(session: Session, activations: Activations, layout: Layout, unfinished: Unfinished, verbose: bool) -> Step:
     """Runs the text, with progress on stderr.
 
     Raises:
@@ -148,8 +146,13 @@ def _run(
     if step.n_done:
         note(f"Going on after chunk {step.n_done:,} of {layout.n_chunks:,}, where it was interrupted.")
     with _progress(layout.n_chunks, step.n_done, verbose) as show:
-        for step in steps:
-            show(step)
+        try:
+            for step in steps:
+                show(step)
+        except KeyboardInterrupt:
+            if unfinished.path.exists():
+                note("What was saved last is kept: the same command goes on from there.")
+            raise
     return step
 
 
@@ -177,7 +180,8 @@ def _progress(n_chunks: int, n_done: int, verbose: bool) -> Iterator[Any]:
 
 def _so_far(step: Step) -> str:
     seen = f", {step.seen_share:.0%} of the experts seen" if step.seen_share < 1 else ""
-    return f"means changed by {step.change:.1%}{seen}"
+    change = f"means changed by {step.change:.1%}" if step.n_done > 1 else "begun"
+    return f"{change}{seen}"
 
 
 def _tell(model: str, path: Path, made: Imatrix, step: Step) -> None:
@@ -185,17 +189,16 @@ def _tell(model: str, path: Path, made: Imatrix, step: Step) -> None:
     from moelocal.build.imatrix import unseen
     from moelocal.cli.messages import dim, note, program
 
-    dim(
-        f"{len(made.entries):,} tensors, {made.n_chunks:,} chunks of {made.chunk_size:,} tokens; the last one changed "
-        f"the means by {step.change:.1%}."
-    )
+    last = f"; the last one changed the means by {step.change:.1%}" if made.n_chunks > 1 else ""
+    dim(f"{len(made.entries):,} tensors, {made.n_chunks:,} chunks of {made.chunk_size:,} tokens{last}.")
     if missing := unseen(made.entries):
         n = sum(map(len, missing.values()))
         shown = "; ".join(f"layer {layer}: {_listed(ids)}" for layer, ids in list(missing.items())[:_SHOWN_LAYERS])
         more = f" and {len(missing) - _SHOWN_LAYERS} more layers" if len(missing) > _SHOWN_LAYERS else ""
-        note(f"{n:,} experts were never chosen ({shown}{more}); their weights will all count alike.")
+        were = "expert was" if n == 1 else "experts were"
+        note(f"{n:,} {were} never chosen ({shown}{more}); their weights will all count alike.")
     if made.n_chunks < _FEW_CHUNKS:
-        note(f"{made.n_chunks} chunks are few: a text of 100 and more, like what the model is for, makes it better.")
+        note("That is a short text: 100 chunks and more, of what the model is used for, make a better matrix.")
     dim(f"Use it: {program()} quantize {model if model != 'demo' else path.name} --type Q4_K_M")
 
 

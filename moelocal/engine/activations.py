@@ -1,5 +1,5 @@
-"""What goes into a model's matrices: for every weight tensor the sum of squares of its inputs, column by column, and over
-how many tokens; of experts apart, since each sees other tokens. This is what an importance matrix is made of.
+"""What goes into a model's matrices: for every weight tensor the sum of squares of its inputs, column by column, and
+over how many tokens; of experts apart, since each sees other tokens. This is what an importance matrix is made of.
 
 Source: llama.cpp 0c1e57098, tools/imatrix/imatrix.cpp `IMatrixCollector::collect_imatrix`.
 """
@@ -50,7 +50,7 @@ class Activations(NodeReader):
     def _ops(self) -> tuple[int, int]:
         """The numbers of GGML_OP_MUL_MAT and GGML_OP_MUL_MAT_ID, which differ between versions."""
         name = abi.declare(llama.api(), "ggml_op_name", [ctypes.c_int], ctypes.c_char_p)
-        names = []
+        names: list[bytes] = []
         while len(names) < _OPS and (not names or names[-1] != b"MUL_MAT_ID"):
             names.append(name(len(names)))
         return names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")

@@ -1,0 +1,57 @@
+"""`moelocal imatrix` as people use it: the real command in a process of its own, good input and bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moelocal.build.imatrix_file import read
+from tests.cli.test_run import QUICK, refused, run
+
+
+def text_file(folder: Path) -> str:
+    (folder / "text.txt").write_text(
+        "Once upon a time there was a little wolf named Mia. The sum of 3 and 4 is 7.\n" * 30
+    )
+    return str(folder / "text.txt")
+
+
+def test_a_matrix_is_made_and_found_by_quantize(tmp_path: Path, home: Path) -> None:
+    done = run("imatrix", "demo", "--text", text_file(tmp_path), "--ctx", "128", *QUICK)
+    made = home / "models" / "demo.imatrix.gguf"
+    assert done.returncode == 0 and done.stdout.strip() == str(made)
+    for told in ("32 tensors", "never chosen", "short text", "quantize"):
+        assert told in done.stderr
+    assert "blk.0.ffn_down_exps.weight" in read(made).entries
+    refused(run("imatrix", "demo", "--text", text_file(tmp_path)), 2, "exists already", "--force")
+    small = run("quantize", "demo", "Q2_K", "--requantize")
+    assert small.returncode == 0 and "demo.imatrix.gguf is used" in small.stderr
+
+
+def test_json(tmp_path: Path) -> None:
+    output = tmp_path / "m.gguf"
+    sizes = ["--ctx", "128", "--chunks", "3"]
+    done = run("imatrix", "demo", "--text", text_file(tmp_path), *sizes, "--output", str(output), "--json", *QUICK)
+    document = json.loads(done.stdout)
+    assert (document["n_chunks"], document["chunk_size"], document["n_tokens"]) == (3, 128, 384)
+    assert document["output"] == str(output) and document["entries"] == 32
+    assert 0 < document["last_change"] < 1 and 0 < document["seen_share"] < 1
+    assert sum(len(layer["experts"]) for layer in document["unseen"]) == round((1 - document["seen_share"]) * 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--text", "missing.txt"), "missing.txt"),
+        (("--text", "short"), "less than one chunk"),
+        (("--text", "binary"), "not UTF-8"),
+        (("--output", "."), "is a folder"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").write_text("Hello.")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
+    refused(run("imatrix", "demo", *arguments), 2, told)
