@@ -51,7 +51,9 @@ def most_bytes(choices: Sequence[Choice]) -> int:
 def with_costs(choices: Sequence[Choice], costs: Mapping[tuple[str, int], float], weight: float) -> list[Choice]:
     """Choices whose loss also counts what else a type costs. `costs`: by tensor and type; `weight`: loss per cost."""
     return [
-        Choice(c.name, tuple(o._replace(loss=o.loss + weight * costs.get((c.name, o.ggml_type), 0.0)) for o in c.options))
+        Choice(
+            c.name, tuple(o._replace(loss=o.loss + weight * costs.get((c.name, o.ggml_type), 0.0)) for o in c.options)
+        )
         for c in choices
     ]
 

@@ -14,7 +14,7 @@ arXiv 2411.17525): KL = sum of sensitivity * error. How the sensitivities were m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moelocal.build.imatrix_file import Imatrix, Importance
+
+_SENSITIVITIES = (
+    (r"token_embd", 10.0),
+    (r"^output\.", 8.0),
+    (r"ffn_(gate|up|gate_up)(_(exps|chexps|shexp))?\.|ffn_(gate|up)\.\d+\.", 0.8),
+    (r"ffn_down", 2.5),
+    (r"attn_(q|k)\.", 2.0),
+)
+_USUAL = 3.0  # of everything else that every token uses: values, outputs of attention, recurrent layers
 
 Errors = dict[int, float]  # by type of GGML_TYPES
 Tell = Callable[[int, int], None]
@@ -42,7 +51,9 @@ def candidates(tensor: TensorInfo, is_weighted: bool) -> list[int]:
     """Types that a tensor may get: those whose blocks divide its rows. `is_weighted`: it has importances."""
     names = (*_WEIGHTED, *_ALWAYS) if is_weighted else _ALWAYS
     ids = [_IDS[name] for name in names]
-    return [one for one in ids if tensor.shape[0] % GGML_TYPES[one].block_size == 0 and (is_weighted or one not in STARVING)]
+    return [
+        one for one in ids if tensor.shape[0] % GGML_TYPES[one].block_size == 0 and (is_weighted or one not in STARVING)
+    ]
 
 
 def type_bytes(tensor: TensorInfo, ggml_type: int) -> int:
@@ -55,10 +66,7 @@ def type_bytes(tensor: TensorInfo, ggml_type: int) -> int:
 
 def sensitivity(name: str) -> float:
     """How much KL divergence a tensor brings for its output's relative error."""
-    return next((value for pattern, value in _SENSITIVITIES if re.search(pattern, name)), 1.0)
-
-
-_SENSITIVITIES: tuple[tuple[str, float], ...] = ()
+    return next((value for pattern, value in _SENSITIVITIES if re.search(pattern, name)), _USUAL)
 
 
 def measure(

@@ -61,6 +61,10 @@ class Survey:
         """The file that loses least."""
         return self.fixed_bytes + budget.most_bytes(self.choices)
 
+    def tensor(self, name: str) -> TensorInfo:
+        """A tensor of the source."""
+        return next(tensor for tensor in self.header.tensors if tensor.name == name)
+
 
 def surveyed(job: quantize.QuantizeJob, threads: int, on_progress: loss.Tell = lambda done, of: None) -> Survey:
     """Measures what every type would lose of each tensor. Types that the job gives to single tensors stay.
@@ -94,7 +98,7 @@ def _is_open(job: quantize.QuantizeJob, change: quantize.TensorChange) -> bool:
     if GGML_TYPES[change.after].block_size == 1 or any(re.search(pattern, change.name) for pattern, _ in job.patterns):
         return False
     role = tensor_role(change.name)[1]
-    return not (job.output_type and role == "output" or job.embedding_type and role == "embedding")
+    return not ((job.output_type and role == "output") or (job.embedding_type and role == "embedding"))
 
 
 def _choice(tensor: TensorInfo, errors: loss.Errors) -> budget.Choice:
@@ -174,7 +178,7 @@ def fitting(survey: Survey, machine: Machine, request: PlanRequest) -> tuple[int
     n_ctx = f"{request.n_ctx:,} tokens of context" if request.n_ctx else "its context"
     if has_gpu:
         size = _largest(survey, machine, request, "fits the GPU", survey.most_bytes)
-        if size and 8 * size >= _FAIR_BITS * survey.n_values or size == survey.most_bytes:
+        if (size and 8 * size >= _FAIR_BITS * survey.n_values) or size == survey.most_bytes:
             return size, f"the largest that the GPU holds whole, with {n_ctx}"
     cap = int(_MOST_BITS * survey.n_values / 8) if has_gpu else survey.most_bytes
     size = _largest(survey, machine, request, None, min(survey.most_bytes, max(cap, survey.least_bytes)))
@@ -216,7 +220,9 @@ def _largest(survey: Survey, machine: Machine, request: PlanRequest, kind: str |
     return 0
 
 
-def seconds_in_ram(survey: Survey, machine: Machine, types: Mapping[str, int], request: PlanRequest) -> dict[tuple[str, int], float]:
+def seconds_in_ram(
+    survey: Survey, machine: Machine, types: Mapping[str, int], request: PlanRequest
+) -> dict[tuple[str, int], float]:
     """What one token takes of each tensor that the plan of a choice puts into RAM, by tensor and type.
 
     Raises:
@@ -227,7 +233,6 @@ def seconds_in_ram(survey: Survey, machine: Machine, types: Mapping[str, int], r
     cpu = next(device for device in machine.devices if device.kind == "cpu")
     speeds = machine.speeds.devices.get(cpu.name) or default_speeds(cpu, machine.cpu)
     share = facts.n_experts_used / facts.n_experts if facts.n_experts else 1.0
-    known = {tensor.name: tensor for tensor in survey.header.tensors}
     found = {}
     for choice in survey.choices:
         role = tensor_role(choice.name)[1]
@@ -240,7 +245,7 @@ def seconds_in_ram(survey: Survey, machine: Machine, types: Mapping[str, int], r
             rates = [table[name, packed] for packed in (False, plan.repack) if (name, packed) in table]
             if rates:
                 rate = max(one.decode_bytes_per_s for one in rates)
-                n_bytes = loss.type_bytes(known[choice.name], option.ggml_type) * (share if is_expert else 1.0)
+                n_bytes = option.n_bytes * (share if is_expert else 1.0)
                 found[choice.name, option.ggml_type] = n_bytes / rate
     return found
 

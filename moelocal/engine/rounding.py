@@ -1,4 +1,4 @@
-"""What ggml's types make of weights: rounded to a type and read back, by the functions that llama.cpp's quantizer calls.
+"""What ggml's types make of weights: rounded to a type and read back, by the functions of llama.cpp's quantizer.
 
 Source: llama.cpp 0c1e57098, ggml/include/ggml.h (`ggml_type_traits`, `ggml_quantize_chunk`), ggml/src/ggml.c.
 """
@@ -75,4 +75,5 @@ def rounded(
     raw = np.empty(rows.size // kind.block_size * kind.type_bytes, np.uint8)
     weights = None if importance is None else importance.ctypes.data
     _quantize()(ggml_type, rows.ctypes.data, raw.ctypes.data, 0, n_rows, n_columns, weights)
-    return decoded(ggml_type, raw, rows.size).reshape(rows.shape)
+    values: np.ndarray[Any, Any] = decoded(ggml_type, raw, rows.size)
+    return values.reshape(rows.shape)
