@@ -18,7 +18,7 @@ _N_STEPS = 1 << 16
 
 
 class Option(NamedTuple):
-    """A type (of `GGML_TYPES`) that a tensor may get, what it then takes in the file, and what it is expected to lose."""
+    """A type (of `GGML_TYPES`) that a tensor may get, what it then takes in the file, and the expected loss."""
 
     ggml_type: int
     n_bytes: int
@@ -75,6 +75,8 @@ def choose(choices: Sequence[Choice], room_bytes: int) -> dict[str, int]:
     if (spare := room_bytes - least_bytes(choices)) < 0:
         raise ValueError(f"{-spare} bytes too little")
     useful = [_useful(choice) for choice in choices]
+    if room_bytes >= most_bytes(choices):
+        return {choice.name: options[-1].ggml_type for choice, options in zip(choices, useful, strict=True)}
     step = _step([option.n_bytes - options[0].n_bytes for options in useful for option in options[1:]])
     n_most = sum(-(-(options[-1].n_bytes - options[0].n_bytes) // step) for options in useful)
     width = min(spare // step, n_most) + 1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moelocal.build.quantize import Preview, Progress, QuantizeJob, QuantizeResult
 
 _NO_IMATRIX = "none"
+_NO_BUDGET = Budget()
 _ANY = "Q4_K_M"  # until a budget has chosen
 _LINE_S = 15.0  # between lines where no bar can be shown
 
@@ -73,7 +74,7 @@ def quantize(
     out: Out = None,
     last: Last = None,
     quantization: Quantization = Quantization(),
-    budget: Budget = Budget(),
+    budget: Budget = _NO_BUDGET,
     list_types: ListTypes = False,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
