@@ -113,6 +113,18 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{suffix}")
 
 
+def check_name(path: Path, replace: bool) -> None:
+    """Whether a file may be written there.
+
+    Raises:
+        BadRequest: it is a folder, or exists and may not be replaced.
+    """
+    if path.is_dir():
+        raise BadRequest(f"{path} is a folder.", f"Name a file in it: {path / 'model.gguf'}")
+    if path.exists() and not replace:
+        raise BadRequest(f"{path} exists already.", "Name another one, or allow it to be replaced: --force")
+
+
 def _remove_leftovers(path: Path) -> None:
     import psutil
 

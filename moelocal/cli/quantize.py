@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moelocal.cli import options as opt
+from moelocal.cli.budgeting import Budget
 from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
     from moelocal.build.quantize import Preview, Progress, QuantizeJob, QuantizeResult
 
 _NO_IMATRIX = "none"
+_NO_BUDGET = Budget()
+_ANY = "Q4_K_M"  # until a budget has chosen
 _LINE_S = 15.0  # between lines where no bar can be shown
 
 Source = Annotated[
@@ -71,6 +74,7 @@ def quantize(
     out: Out = None,
     last: Last = None,
     quantization: Quantization = Quantization(),
+    budget: Budget = _NO_BUDGET,
     list_types: ListTypes = False,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
@@ -84,9 +88,14 @@ def quantize(
         return
     if source is None:
         raise BadRequest("There is no SOURCE.", "Such as: moelocal quantize model-F16.gguf --type Q4_K_M")
-    job = _job(source, out, last, quantization)
+    job = _job(source, out, last, quantization, budget)
     on_log = _to_stderr if verbose else None
     from moelocal.build.quantize import preview, quantize
+
+    if budget.is_set:
+        from moelocal.cli.budgeting import budgeted
+
+        job = budgeted(job, budget, is_dry=quantization.dry_run, silent=verbose)
 
     if quantization.dry_run:
         planned = preview(job, on_log)
@@ -104,8 +113,8 @@ def quantize(
         _tell(result)
 
 
-def _job(source: str, out: str | None, last: str | None, quantization: Quantization) -> QuantizeJob:
-    """What was asked for.
+def _job(source: str, out: str | None, last: str | None, quantization: Quantization, budget: Budget) -> QuantizeJob:
+    """What was asked for; with a budget the types are still to be chosen.
 
     Raises:
         MoelocalError: the source is not there, or there is no such type.
@@ -116,11 +125,11 @@ def _job(source: str, out: str | None, last: str | None, quantization: Quantizat
     from moelocal.cli.messages import note
     from moelocal.model.store import resolve
 
-    out, typed = _sort_words(out, last, quantization.type)
+    out, typed = _sort_words(out, last, quantization.type, budget)
     kind = quant_type(typed)
     path = resolve(source, note)
     base = base_name(source, path)
-    name = f"{base}-{kind.name}" if kind.name != COPY else f"{base}-joined"
+    name = f"{base}-{budget.label or kind.name}" if kind.name != COPY else f"{base}-joined"
     return QuantizeJob(
         source=path,
         output=destination(out, name),
@@ -137,11 +146,11 @@ def _job(source: str, out: str | None, last: str | None, quantization: Quantizat
     )
 
 
-def _sort_words(out: str | None, last: str | None, typed: str | None) -> tuple[str | None, str]:
+def _sort_words(out: str | None, last: str | None, typed: str | None, budget: Budget) -> tuple[str | None, str]:
     """OUT and the type: `SOURCE Q4_K_M`, and both words in either order, are understood too.
 
     Raises:
-        BadRequest: there is no type, or there are two.
+        BadRequest: there is no type, or there are two, or one and a budget.
     """
     from moelocal.build.types import find_type
 
@@ -149,9 +158,14 @@ def _sort_words(out: str | None, last: str | None, typed: str | None) -> tuple[s
         out, last = last, out
     if last is not None and typed is not None:
         raise BadRequest(f"There are two types, {last} and {typed}.", "Give one of them.")
+    if budget.is_set and (last or typed):
+        raise BadRequest(f"{typed or last} and {budget.option} exclude each other.", "Give a type or a budget.")
+    if budget.is_set:
+        return out, _ANY
     if last is None and typed is None:
         raise BadRequest(
-            "There is no type to quantize to.", "Such as: --type Q4_K_M; all of them: moelocal quantize --list-types"
+            "There is no type to quantize to.",
+            "Such as: --type Q4_K_M, or --size 4GiB; all types: moelocal quantize --list-types",
         )
     return out, typed or last or ""
 
