@@ -67,6 +67,8 @@ def experts(
         from moelocal.cli.render_experts import show
 
         show(sys.stdout, run, model, facts)
+    if not run.interrupted:
+        _keep(model, run)
     if analysis.svg is not None:
         from moelocal.cli.experts_svg import picture
 
@@ -75,7 +77,6 @@ def experts(
     if run.interrupted:
         note(f"(Interrupted: this is what {run.n_tokens:,} tokens showed; it is not kept.)")
         raise SystemExit(130)
-    _keep(model, run)
 
 
 def _moe_facts(model: str) -> ModelFacts:

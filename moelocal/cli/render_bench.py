@@ -246,9 +246,9 @@ def _model_line(result: Result) -> str:
 
 
 def markdown(results: Sequence[Result], machine: Machine) -> str:
-    """A table as forums and GitHub show it, with machine, models and build, and what was odd."""
-    lines = [build_line(results, machine), ""]
-    lines += dict.fromkeys(harmless(_model_line(result)) for result in results)
+    """A table as forums and GitHub show it, with machine, models and build on one line, and what was odd."""
+    models = dict.fromkeys(harmless(_model_line(result)) for result in results)
+    lines = ["; ".join([build_line(results, machine), *models])]
     lines += ["", "| model | setting | test | tokens/s | min - max | predicted | of the roofline |"]
     lines.append("|---|---|---|---:|---:|---:|---:|")
     for result in results:
