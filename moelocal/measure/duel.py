@@ -6,12 +6,13 @@ ratio = duel(first, second, most_pairs=7)        # seconds of the second over th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 _LEAST_PAIRS = 3
-_SURE = 2.0  # standard errors
+# Standard errors that count as beyond the noise, by the number of pairs: Student's t, 95 %, two-sided.
+_SURE = (inf, inf, 12.7, 4.3, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _CLEAR = 0.25  # two pairs that both differ by so much in one direction need no third
 
 
@@ -27,9 +28,14 @@ class Ratio(NamedTuple):
         """Pairs that were measured."""
         return len(self.pairs)
 
+    @property
+    def noise(self) -> float:
+        """How far the value may be off, with 95 % confidence."""
+        return _SURE[min(self.n_pairs, len(_SURE) - 1)] * self.error
+
     def may_be_faster(self, by: float) -> bool:
         """Whether the second looks faster, is not surely so, and may be so by `by`."""
-        return self.value < 1 and not self.is_faster and self.value - _SURE * self.error < 1 - by
+        return self.value < 1 and not self.is_faster and self.value - self.noise < 1 - by
 
     @property
     def is_likely_faster(self) -> bool:
@@ -39,12 +45,12 @@ class Ratio(NamedTuple):
     @property
     def is_slower(self) -> bool:
         """Whether the second is slower, beyond the noise."""
-        return self.value - 1 > _SURE * self.error
+        return self.value - 1 > self.noise
 
     @property
     def is_faster(self) -> bool:
         """Whether the second is faster, beyond the noise."""
-        return 1 - self.value > _SURE * self.error
+        return 1 - self.value > self.noise
 
 
 def duel(
@@ -85,7 +91,7 @@ def _is_settled(ratios: Sequence[float], least_gain: float) -> bool:
     found = ratio_of(ratios)
     if len(ratios) < _LEAST_PAIRS:
         return min(ratios) > 1 + _CLEAR or max(ratios) < 1 - _CLEAR
-    is_close = abs(found.value - 1) + _SURE * found.error < least_gain
+    is_close = abs(found.value - 1) + found.noise < least_gain
     return found.is_slower or found.is_faster or is_close
 
 
