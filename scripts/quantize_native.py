@@ -39,9 +39,10 @@ MB = 1_000_000
 
 
 class Side(NamedTuple):
-    """One run: seconds, and peak bytes of private memory."""
+    """One run: seconds, CPU seconds of all its processes, and peak bytes of private memory."""
 
     seconds: float
+    cpu_s: float
     peak_bytes: int
 
 
@@ -76,14 +77,15 @@ def run(command: Sequence[str]) -> Side:
         peaks = [0]
         poller = threading.Thread(target=_poll, args=(child.pid, peaks))
         poller.start()
-        status = child.wait()
+        _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
         poller.join()
         if status:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)} ended with {status}:\n{log.read()[-2000:].decode(errors='replace')}")
     os.sync()
-    return Side(seconds, peaks[0])
+    return Side(seconds, usage.ru_utime + usage.ru_stime, peaks[0])
 
 
 def _poll(pid: int, peaks: list[int]) -> None:
@@ -118,7 +120,7 @@ def _private(pid: int) -> int:
 def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, Any]:
     """Pairs of runs for one type."""
     sides: dict[str, list[Side]] = {"native": [], "ours": []}
-    is_same = True
+    is_same = False
     for pair in range(n_pairs + 1):
         wanted = commands(setup, kind)
         for name in ("native", "ours") if pair % 2 else ("ours", "native"):
@@ -126,8 +128,10 @@ def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, Any]:
             side = run(wanted[name])
             if pair:  # the first one warms the page cache
                 sides[name].append(side)
-        is_same = is_same and tensor_bytes(setup.folder / "ours.gguf") == tensor_bytes(setup.folder / "native.gguf")
-    ratios = [ours.seconds / native.seconds for ours, native in zip(sides["ours"], sides["native"], strict=True)]
+        if not pair:
+            is_same = tensor_bytes(setup.folder / "ours.gguf") == tensor_bytes(setup.folder / "native.gguf")
+    pairs = list(zip(sides["ours"], sides["native"], strict=True))
+    ratios = [ours.seconds / native.seconds for ours, native in pairs]
     peaks = {name: max(side.peak_bytes for side in rows) for name, rows in sides.items()}
     return {
         "type": kind,
@@ -136,6 +140,7 @@ def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
+        "cpu_ratio": statistics.median(ours.cpu_s / native.cpu_s for ours, native in pairs),
         "ours_peak_mb": peaks["ours"] / MB,
         "native_peak_mb": peaks["native"] / MB,
         "same_bytes": is_same,
@@ -203,13 +208,13 @@ def write_hashes(native: Path) -> None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
-        "| type | llama-quantize | moelocal | ratio | smallest, largest | memory | moelocal's | same bytes |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
+        "| type | llama-quantize | moelocal | ratio | smallest, largest | CPU | memory | moelocal's | same bytes |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         lines.append(
             "| {type} | {native_s:.2f} s | {ours_s:.2f} s | {ratio:.3f} | {ratio_min:.3f}, {ratio_max:.3f} "
-            "| {native_peak_mb:.0f} MB | {ours_peak_mb:.0f} MB | {same} |".format(
+            "| {cpu_ratio:.3f} | {native_peak_mb:.0f} MB | {ours_peak_mb:.0f} MB | {same} |".format(
                 **row, same="yes" if row["same_bytes"] else "NO"
             )
         )

@@ -35,6 +35,7 @@ _PARENTS_KEPT = {
     "Step3p7ForConditionalGeneration",
     "KimiK3ForConditionalGeneration",
 }
+_PREDICTS = ("Qwen3NextFor", "Qwen3_5For", "Qwen3_5MoeFor")
 _TEXT_CONFIGS = ("llm_config", "lm_config", "language_config", "lfm")
 _MOST_HEAD_BYTES = 100 << 20  # as the safetensors library
 _POINTER = b"version https://git-lfs"
@@ -51,7 +52,8 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is converted. `tensors` is empty for PyTorch's own files, whose heads are not read; `n_bytes`: all of it."""
+    """What is converted. `tensors` is empty where heads were not read: PyTorch's own files, the hub's. `n_bytes`: of
+    all weights."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -61,9 +63,19 @@ class Checkpoint:
 
     @property
     def best_type(self) -> str:
-        """The 16-bit type that loses nothing: that of the first matrix that has one."""
+        """The 16-bit type that loses nothing: that of the first matrix that has one; without heads what is told."""
+        if not self.tensors:
+            told = self.config.get("dtype", self.config.get("torch_dtype"))
+            return "bf16" if told == "bfloat16" else "f16"
         kinds = (tensor.dtype for tensor in self.tensors if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16"))
         return next(kinds, "f16").lower()
+
+    @property
+    def lacks_prediction(self) -> bool:
+        """Whether the layers that predict a second token are missing where the converter expects them: transformers
+        leaves them out when it saves such a model."""
+        is_expected = self.architecture.startswith(_PREDICTS) and bool(self.tensors)
+        return is_expected and not any("mtp." in tensor.name for tensor in self.tensors)
 
     def output_bytes(self, type_name: str) -> int:
         """About what the output takes in one of `TYPES`."""
@@ -218,7 +230,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder / CONFIG)
     architecture = architecture_of(config)
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise BadRequest(f"{folder} cannot be read: {error.strerror}.", "Check who may read it.") from error
     check_tokenizer(names, str(folder))
     parts = _parts(folder, names)
     if parts[0].suffix != ".safetensors":

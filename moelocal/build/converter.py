@@ -12,6 +12,7 @@ Source: llama.cpp 0c1e57098, convert_hf_to_gguf.py, conversion/__init__.py (TEXT
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,10 @@ import re
 import shutil
 import tarfile
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +38,7 @@ _NEEDED = re.compile(
     r"(?:[^/]+/)??(?:vendor/llama\.cpp/)?(convert_hf_to_gguf\.py|conversion/\w+\.py|gguf-py/gguf/\w+\.py|LICENSE)"
 )
 _MOST_BYTES = 16 << 20  # of one of its files; the largest has 0.3 MB
-_ORIGIN = "origin.json"
+_ORIGIN, _FETCHING = "origin.json", ".fetching-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +121,28 @@ def find_converter(given: Path | None = None, watch: Watch = lambda _done, _all:
         return _unpack(Found(given, False, str(given)), named[1] if named else "unknown", _digest(given)[:12])
     if (kept := _kept(version)) is not None:
         return kept
+    with _scratch() as folder:
+        return _unpack(Found(*source.fetch(version, folder, watch)), version, version)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder beside the kept converters, for what comes in.
+
+    Raises:
+        MoelocalError: it cannot be written to.
+    """
     home = _home()
-    home.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(home)
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=home, ignore_cleanup_errors=True) as scratch:
-        return _unpack(Found(*source.fetch(version, Path(scratch), watch)), version, version)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(home)
+        with tempfile.TemporaryDirectory(prefix=_FETCHING, dir=home, ignore_cleanup_errors=True) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise MoelocalError(
+            f"The converter cannot be kept in {home}: {error.strerror or error}.",
+            "Make room there, or set MOELOCAL_HOME to a folder of your own.",
+        ) from error
 
 
 def _home() -> Path:
@@ -130,9 +151,7 @@ def _home() -> Path:
 
 def _remove_leftovers(home: Path) -> None:
     """Removes what killed processes left, once it is a day old."""
-    import time
-
-    for one in home.glob(".fetching-*"):
+    for one in home.glob(f"{_FETCHING}*"):
         if one.stat().st_mtime < time.time() - 86400:
             shutil.rmtree(one, ignore_errors=True)
 
@@ -169,27 +188,25 @@ def _unpack(found: Found, version: str, key: str) -> Converter:
     """Keeps the converter's files of a source distribution; afterwards all of them are there, or none."""
     if (kept := _kept(version, key)) is not None:
         return kept
-    home = _home()
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=home, ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch) / "converter"
+    with _scratch() as scratch:
+        folder, target = scratch / "converter", _home() / key
         try:
             for name, data in _members(found.path):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(data)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise MoelocalError(f"{found.path} is no source distribution: {error}.", "Get it again.") from error
-        _in_folder_or_refuse(folder, found.path)
+        _check_archive(folder, found.path)
         told = {"version": version, "sha256": _digest(found.path), "checked": found.is_checked, "origin": found.origin}
         (folder / _ORIGIN).write_text(json.dumps(told, indent=1), encoding="utf-8")
-        shutil.rmtree(home / key, ignore_errors=True)  # half of one, made by hand
-        folder.rename(home / key)
-    return Converter(home / key, version, found.is_checked, found.origin)
+        if (kept := _kept(version, key)) is not None:  # another process was faster
+            return kept
+        shutil.rmtree(target, ignore_errors=True)  # half of one, made by hand
+        folder.rename(target)
+    return Converter(target, version, found.is_checked, found.origin)
 
 
-def _in_folder_or_refuse(folder: Path, archive: Path) -> None:
+def _check_archive(folder: Path, archive: Path) -> None:
     try:
         _in_folder(folder)
     except BadRequest as error:

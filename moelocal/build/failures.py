@@ -17,13 +17,13 @@ from typing import Any
 from moelocal.errors import MoelocalError, OutOfMemory
 
 _N_DETAILS = 6
-_TOKENIZER_FILES = "Copy the tokenizer's files there from the model that it was made from."
+_TOKENIZER_FILES = "Take the tokenizer's files from the model that it was made from."
 _NEWER = "A newer llama-cpp-python may: pip install --upgrade llama-cpp-python"
 
-Say = Callable[[re.Match[str], Path], tuple[str, str]]
+Say = Callable[[re.Match[str], str], tuple[str, str]]
 
 
-def _missing(match: re.Match[str], folder: Path) -> tuple[str, str]:
+def _missing(match: re.Match[str], folder: str) -> tuple[str, str]:
     return f"{folder} lacks {Path(match[1]).name}, which the converter reads.", "Download the rest of the checkpoint."
 
 
@@ -99,12 +99,12 @@ _KNOWN: list[tuple[str, Say]] = [
 ]
 
 
-def explain(folder: Path, last: Mapping[str, Any], status: int, printed: str) -> MoelocalError | OSError:
+def explain(called: str, last: Mapping[str, Any], status: int, printed: str) -> MoelocalError | OSError:
     """What to raise when the converter failed.
 
     Args:
-        folder: the checkpoint.
-        last: what it told last: `error`, `text`, `errno`, `at`, `logged`; nothing when it died.
+        called: the checkpoint, for messages.
+        last: what it told last: `error`, `text`, `errno`, `at`, `functions`, `logged`; nothing when it died.
         status: its exit status, negative for a signal.
         printed: the end of its stderr.
     """
@@ -115,7 +115,7 @@ def explain(folder: Path, last: Mapping[str, Any], status: int, printed: str) ->
     is_killed = sys.platform != "win32" and status == -signal.SIGKILL and "error" not in last
     if last.get("error") == "MemoryError" or is_killed or "DefaultCPUAllocator: can't allocate" in text:
         return OutOfMemory(
-            f"Memory ran out while {folder.name} was converted.", "Close other programs, then run it again."
+            f"Memory ran out while {Path(called).name} was converted.", "Close other programs, then run it again."
         )
     if "error" not in last:
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -126,12 +126,14 @@ def explain(folder: Path, last: Mapping[str, Any], status: int, printed: str) ->
         text = str(last.get("logged") or text)
     for pattern, say in _KNOWN:
         if match := re.search(pattern, text):
-            message, hint = say(match, folder)
+            message, hint = say(match, called)
             return MoelocalError(message, hint)
     if last["error"] == "KeyError":
         text = f"it looked for {text}, which is not there"
     reason = (text.strip().splitlines() or [last["error"]])[0].rstrip(".")
+    if "set_vocab" in last.get("functions", ()):
+        return MoelocalError(f"The tokenizer of {called} cannot be read: {reason:.300}.", _TOKENIZER_FILES)
     return MoelocalError(
-        f"The converter cannot convert {folder.name}: {reason:.300} ({last['error']} at {last.get('at') or '?'}).",
+        f"The converter cannot convert {Path(called).name}: {reason:.300} ({last['error']} at {last.get('at', '?')}).",
         "Run again with -v to see its whole log.",
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 _REASONS = {
     "JetMoeForCausalLM": "its attention heads are experts too, and llama.cpp has no graph for that",
+    "FlexOlmoForCausalLM": "its norms come after the blocks, and llama.cpp has OLMoE with norms before them alone",
+    "LongcatFlashForCausalLM": "its layers have two attentions each, and llama.cpp has no graph for that",
+    "NllbMoeForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
     "SwitchTransformersForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
 }
 

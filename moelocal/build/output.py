@@ -47,7 +47,7 @@ def writing(path: Path, need_bytes: int = 0, replace: bool = False) -> Iterator[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        _check_room(path, need_bytes)
+        check_room(path, need_bytes)
         yield part
         _sync(part)
         os.replace(part, path)
@@ -73,7 +73,7 @@ def workspace(path: Path, need_bytes: int = 0) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        _check_room(path, need_bytes)
+        check_room(path, need_bytes)
         folder.mkdir()
         yield folder
     except OSError as error:
@@ -134,7 +134,12 @@ def _remove_leftovers(path: Path) -> None:
             shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
 
 
-def _check_room(path: Path, need_bytes: int) -> None:
+def check_room(path: Path, need_bytes: int) -> None:
+    """Looks whether there is room for a file.
+
+    Raises:
+        MoelocalError: there is not.
+    """
     free = free_bytes(path.parent)
     if free is not None and need_bytes > free:
         raise MoelocalError(

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import threading
 import time
 from collections import Counter
@@ -25,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.build import refusals
-from moelocal.build.output import writing
-from moelocal.build.quantize_child import SHARDS
+from moelocal.build.output import check_free, publish, workspace, writing
 from moelocal.build.quantizer import Quantizer
 from moelocal.build.types import COPY, QuantType, file_type, quant_type, tensor_type
 from moelocal.errors import BadGGUF, MoelocalError
@@ -179,15 +177,10 @@ def quantize(
         if planned.refusal is not None:
             raise planned.refusal
         outputs = _outputs(job, header)
-        with contextlib.ExitStack() as stack:
-            needs = [planned.file_bytes] + [0] * (len(outputs) - 1)
-            parts = [
-                stack.enter_context(writing(path, need, job.replace))
-                for path, need in reversed(list(zip(outputs, needs, strict=True)))  # so the first shard is named last
-            ][::-1]
+        with _place(job, outputs, planned.file_bytes) as (target, files):
             on_preview(planned)
-            _work(job, quantizer, parts, planned, on_progress)
-            _check_made(parts, planned)
+            _work(quantizer, target, files, planned, on_progress)
+            _check_made(files, planned)
     bytes_out = sum(path.stat().st_size for path in outputs)
     return QuantizeResult(outputs, planned, planned.bytes_in, bytes_out, time.monotonic() - start)
 
@@ -304,36 +297,32 @@ def _outputs(job: QuantizeJob, header: GGUFHeader) -> tuple[Path, ...]:
     return tuple(job.output.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count))
 
 
-def _work(job: QuantizeJob, quantizer: Quantizer, parts: Sequence[Path], planned: Preview, on_progress: Tell) -> None:
-    """Lets the quantizer write the parts."""
+@contextlib.contextmanager
+def _place(job: QuantizeJob, outputs: Sequence[Path], need_bytes: int) -> Iterator[tuple[Path, Sequence[Path]]]:
+    """What to tell llama.cpp to write, and the files that it then writes; they become the outputs at the end."""
+    if len(outputs) == 1:
+        with writing(job.output, need_bytes, job.replace) as part:
+            yield part, [part]
+        return
+    for path in outputs:
+        check_free(path, job.replace)
+    with workspace(outputs[0], need_bytes) as folder:
+        files = [folder / path.name for path in outputs]
+        yield folder / job.output.name.removesuffix(".gguf"), files  # it numbers them itself
+        publish(files, outputs[0].parent)
+
+
+def _work(quantizer: Quantizer, target: Path, files: Sequence[Path], planned: Preview, on_progress: Tell) -> None:
+    """Lets the quantizer write the files."""
     costs = [change.n_values * (1 if change.after != change.before else _COPY_COST) for change in planned.changes]
     total, done, number = sum(costs), 0.0, 0
     on_progress(Progress(0.0, 1, len(costs), planned.changes[0]))
-    # the quantizer ends before what it writes is removed, or moved
-    with _targets(parts) as (target, written), quantizer, _to_the_disk(written):
-        for line in quantizer.work(target, written):
+    with quantizer, _to_the_disk(files):  # the quantizer ends before what it writes is moved, or removed
+        for line in quantizer.work(target, files):
             if match := _BEGUN.match(line):
                 done, number = done + costs[number], int(match["number"])
                 following = planned.changes[min(number, len(costs) - 1)]
                 on_progress(Progress(done / total, min(number + 1, len(costs)), len(costs), following))
-
-
-@contextlib.contextmanager
-def _targets(parts: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Path]]]:
-    """What to give llama.cpp as output, and the files that it then writes. Shards it names itself: they get a hidden
-    folder, and move to their parts when all are there."""
-    if len(parts) == 1:
-        yield parts[0], parts
-        return
-    folder = parts[0].with_suffix(SHARDS)
-    files = [folder / f"m-{i + 1:05d}-of-{len(parts):05d}.gguf" for i in range(len(parts))]
-    try:
-        folder.mkdir()
-        yield folder / "m", files
-        for file, part in zip(files, parts, strict=True):
-            os.replace(file, part)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -360,16 +349,16 @@ def _to_the_disk(files: Sequence[Path]) -> Iterator[None]:
     thread.join()  # after Ctrl-C nobody waits for the disk
 
 
-def _check_made(parts: Sequence[Path], planned: Preview) -> None:
+def _check_made(files: Sequence[Path], planned: Preview) -> None:
     """Reads the output's head: llama.cpp does not notice every write that failed.
 
     Raises:
-        OSError: a part is not whole.
+        OSError: a file is not whole.
     """
     made: dict[str, int] = {}
     try:
-        for part in parts:
-            with part.open("rb") as stream:
+        for file in files:
+            with file.open("rb") as stream:
                 made |= {tensor.name: tensor.ggml_type for tensor in parse_header(stream).tensors}
     except BadGGUF as error:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

@@ -16,8 +16,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SHARDS = ".shards"  # of a hidden folder, while a split model is made
-
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
@@ -56,8 +54,6 @@ def _end_with_parent(files: list[str], is_whole: threading.Event) -> None:
         for path in map(Path, files):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-                if path.parent.suffix == SHARDS:
-                    path.parent.rmdir()  # with the last of them
     os._exit(1)
 
 

@@ -15,13 +15,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moelocal.build.child import running
 from moelocal.engine.llama import OUT_OF_MEMORY
 from moelocal.errors import LoadFailed, MoelocalError, OutOfMemory
 
@@ -38,26 +38,16 @@ class Quantizer:
         self._source, self._on_log = source, on_log
         self._told: deque[str] = deque(maxlen=_N_DETAILS)  # warnings and errors
         self._last = ""  # line of the log
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moelocal.build.quantize_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-            errors="replace",
-        )
+        self._stack = contextlib.ExitStack()
+        self._errors = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        command = [sys.executable, "-m", "moelocal.build.quantize_child"]
+        self._process = self._stack.enter_context(running(command, stderr=self._errors))
 
     def __enter__(self) -> Quantizer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()  # before its input closes, which it would take for our end
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        self._stack.close()
 
     def rehearse(self, order: Mapping[str, object]) -> list[str]:
         """What llama.cpp would do with each tensor, in its words. `order`: what `quantize_child` reads.
@@ -80,11 +70,9 @@ class Quantizer:
 
     def _send(self, message: Mapping[str, object]) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died: reading tells why
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; reading tells why
 
     def _until_done(self) -> Iterator[str]:
         assert self._process.stdout is not None

@@ -6,38 +6,43 @@ folder = fetch(remote, watch)               # the weights; what is here already 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from moelocal.build.checkpoint import CONFIG, INDEX, check_tokenizer, check_whole, read_config, weight_map
+from moelocal.build.checkpoint import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    architecture_of,
+    check_tokenizer,
+    check_whole,
+    read_config,
+    weight_map,
+)
+from moelocal.build.output import check_room as check_output_room
 from moelocal.errors import BadRequest, ModelNotFound
 from moelocal.model.client import HubError
-from moelocal.model.download import Watch, cache_folder, check_room, download_files, file_targets
+from moelocal.model.download import Watch, cache_folder, check_room, download_files, file_targets, missing_bytes
 from moelocal.model.hub import Contents, HubFile, list_files
 from moelocal.model.reference import is_safe
 
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.jsonl", "README.md")
+_WEIGHTS = (".safetensors", ".bin")
 _LARGEST_SMALL_BYTES = 256 << 20  # a vocabulary has some megabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A checkpoint of which `folder` holds the configuration; `files` are what is needed of the repository, none when
-    the hub could not be asked and all is here."""
+    """A repository's checkpoint: `head` is what its configuration tells, `files` what is needed of it. `contents` None:
+    the hub could not be asked, and all is taken as it is here."""
 
     repo: str
-    folder: Path
-    config: dict[str, Any]
-    files: tuple[HubFile, ...]
+    head: Checkpoint
+    files: tuple[HubFile, ...] = ()
     contents: Contents | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the files with weights."""
-        return sum(file.n_bytes for file in self.files if file.path.endswith((".safetensors", ".bin")))
 
 
 def look(repo: str, with_code: bool = False) -> Remote:
@@ -57,20 +62,25 @@ def look(repo: str, with_code: bool = False) -> Remote:
         if (folder := _here(repo)) is None:
             raise
         del error
-        return Remote(repo, folder, read_config(folder / CONFIG), ())
+        return Remote(repo, _head(folder, 0))
     files = {file.path: file for file in contents.files if "/" not in file.path and is_safe(file.path)}
     if CONFIG not in files:
         raise _without_config(contents)
-    head = [files[name] for name in (CONFIG, INDEX) if name in files]
-    folder = download_files(contents, head, lambda _: None)[0].parent
-    config = read_config(folder / CONFIG)
+    first = [files[name] for name in (CONFIG, INDEX) if name in files]
+    folder = download_files(contents, first, lambda _: None)[0].parent
     check_tokenizer(files, contents.repo)
     weights = _weights(contents.repo, files, folder)
     patterns = (*_SMALL, "*.py") if with_code else _SMALL
     small = [
         file for name, file in files.items() if _is_small(file) and any(fnmatchcase(name, one) for one in patterns)
     ]
-    return Remote(contents.repo, folder, config, (*small, *weights), contents)
+    head = _head(folder, sum(file.n_bytes for file in weights))
+    return Remote(contents.repo, head, (*small, *weights), contents)
+
+
+def _head(folder: Path, n_bytes: int) -> Checkpoint:
+    config = read_config(folder / CONFIG)
+    return Checkpoint(folder, config, architecture_of(config), (), n_bytes)
 
 
 def _is_small(file: HubFile) -> bool:
@@ -108,14 +118,37 @@ def _without_config(contents: Contents) -> ModelNotFound:
     return ModelNotFound(f"{repo} holds no checkpoint: there is no config.json in it.", "Choose another repository.")
 
 
-def check_download(remote: Remote) -> None:
-    """Looks whether the disk has room for what is still to come.
+def missing(remote: Remote) -> int:
+    """Bytes that are still to come."""
+    return missing_bytes(file_targets(remote.contents, remote.files)) if remote.contents else 0
+
+
+def check_download(remote: Remote, output: Path, output_bytes: int) -> None:
+    """Looks whether there is room for what is still to come, and then for what is made of it.
 
     Raises:
-        MoelocalError: it has not.
+        MoelocalError: there is not.
     """
     if remote.contents is not None:
         check_room(file_targets(remote.contents, remote.files))
+    with_it = missing(remote) if _disk(output) == _disk(remote.head.folder) else 0
+    check_output_room(output, output_bytes + with_it)
+
+
+def _disk(path: Path) -> int:
+    return next(one for one in (path, *path.absolute().parents) if one.exists()).stat().st_dev
+
+
+def copy_head(remote: Remote, folder: Path) -> None:
+    """Puts all but the weights, and what tells where they are, into a folder.
+
+    Raises:
+        HubError: the hub refuses, sends damaged bytes, or cannot be reached.
+    """
+    assert remote.contents is not None
+    small = [file for file in remote.files if file.path != INDEX and not file.path.endswith(_WEIGHTS)]
+    for path in download_files(remote.contents, small, lambda _: None):
+        shutil.copyfile(path, folder / path.name)
 
 
 def fetch(remote: Remote, watch: Watch) -> Path:
@@ -126,5 +159,5 @@ def fetch(remote: Remote, watch: Watch) -> Path:
         MoelocalError: no room on the disk, or it cannot be written.
     """
     if remote.contents is None:
-        return remote.folder
+        return remote.head.folder
     return download_files(remote.contents, remote.files, watch)[0].parent

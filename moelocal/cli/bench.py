@@ -84,6 +84,11 @@ class Settings:
         opt.option("--rpc", "Use another machine too, where moelocal worker runs; may be repeated.", "HOST:PORT"),
     ] = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether all is left to the planner, as in answers."""
+        return (self.threads, self.ubatch, self.kv_type, self.repack, self.experts_on_cpu) == (None,) * 5
+
     def requests(self) -> list[PlanRequest]:
         """Every combination; those that share weights in the same places are neighbours.
 
@@ -116,6 +121,10 @@ class Output:
     csv: Annotated[bool, opt.option("--csv", "Comma-separated values on stdout.")] = False
     markdown: Annotated[bool, opt.option("--markdown", "A table to paste into a forum.")] = False
     svg: Annotated[Path | None, opt.option("--svg", "Draw a chart into this file.", "FILE")] = None
+
+    def __post_init__(self) -> None:
+        if self.svg is not None and (self.svg.is_dir() or not self.svg.absolute().parent.is_dir()):
+            raise BadRequest(f"The chart cannot be written to {self.svg}.", "Give a file in a folder that exists.")
 
 
 class Subject(NamedTuple):
@@ -159,7 +168,7 @@ def bench(
     if sum((as_json, output.csv, output.markdown)) > 1:
         raise BadRequest("--json, --csv and --markdown exclude each other.", "Give one of them.")
     guard()
-    subjects = [subject_of(model) for model in models]
+    subjects = [subject_of(model) for model in dict.fromkeys(models)]
     llama.LOG.verbose = verbose
     machine = find_machine(settings.rpc or ())
     if not any(speeds.measured for speeds in machine.speeds.devices.values()):
@@ -169,7 +178,7 @@ def bench(
     work = _Bench(machine, wanted, tests.repetitions, settings.rpc or (), verbose)
     try:
         for subject, its in plans:
-            for row in work.rows(subject, its):
+            for row in work.rows(subject, its, settings.is_open):
                 results.append(Result(row, subject, work.change(row, subject) if output.compare else None))
     except KeyboardInterrupt:
         if not results:
@@ -201,18 +210,23 @@ def subject_of(reference: str) -> Subject:
 def _plans(
     subject: Subject, machine: Machine, requests: Sequence[PlanRequest], tests: Sequence[BenchTest]
 ) -> list[Plan]:
-    """A plan for each request, with a context for the longest test.
+    """A plan for each request, with a context for the longest test; requests that come to one plan have one.
 
     Raises:
         OutOfMemory: it would not fit.
     """
+    from moelocal.cli.messages import note
     from moelocal.cli.opening import tuned
     from moelocal.plan.planner import make_plan
 
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     n_ctx = max(512, -(-n_ctx // 256) * 256)
     best = (tuned(request, subject.path, machine) for request in requests)
-    return [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx)) for request in best]
+    plans = [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx)) for request in best]
+    distinct = {(plan.context, plan.threads, plan.threads_batch): plan for plan in plans}
+    if len(distinct) < len(plans):
+        note(f"Some of these settings are the same for {subject.reference} on this machine: each is measured once.")
+    return list(distinct.values())
 
 
 class _Bench:
@@ -229,8 +243,8 @@ class _Bench:
         self._workers, self._verbose = workers, verbose
         self._kept = Kept(identity(machine.cpu, machine.devices, ""), llama.version())
 
-    def rows(self, subject: Subject, plans: Sequence[Plan]) -> Iterator[Row]:
-        """The rows of one model, each as soon as it is measured."""
+    def rows(self, subject: Subject, plans: Sequence[Plan], teaches: bool) -> Iterator[Row]:
+        """The rows of one model, each as soon as it is measured. `teaches`: later predictions are corrected by them."""
         session: Session | None = None
         try:
             for i, plan in enumerate(plans):
@@ -240,11 +254,15 @@ class _Bench:
                     if session is not None:
                         session.close()
                     session = self._load(subject, plan)
+                rows: list[Row] = []
                 for j, test in enumerate(self._tests):
                     label = f"{subject.reference} {test.name}"
                     done, n = i * len(self._tests) + j, len(plans) * len(self._tests)
                     with self._progress(label, done, n) as on_run:
-                        yield self._row(subject, plan, session, test, on_run)
+                        rows.append(self._row(subject, plan, session, test, on_run))
+                    yield rows[-1]
+                if teaches:
+                    self._teach(subject, session, rows)
         finally:
             if session is not None:
                 session.close()
@@ -271,8 +289,9 @@ class _Bench:
     @contextmanager
     def _progress(self, label: str, done: int, n: int) -> Iterator[Callable[[int], None]]:
         from moelocal.cli.opening import LoadingBar
+        from moelocal.cli.screen import quiet_keys
 
-        with LoadingBar(label, silent=self._verbose) as bar:
+        with quiet_keys(), LoadingBar(label, silent=self._verbose) as bar:
             yield lambda i: bar.update((done + i / (self._repetitions + 1)) / n)
 
     def _row(
@@ -303,6 +322,23 @@ class _Bench:
             plan.expert_layers(subject.facts),
         )
         return Row(subject.reference, test, how, samples, predicted, limit)
+
+    def _teach(self, subject: Subject, session: Session, rows: Sequence[Row]) -> None:
+        """Keeps one prompt and one generation where answers keep theirs: later plans are corrected by them. Not what
+        other programs slowed down."""
+        from moelocal.engine.history import Timed, remember_speeds
+        from moelocal.measure.others import BUSY_SHARE
+
+        def timed(row: Row | None) -> Timed:
+            if row is None:
+                return Timed()
+            test = row.test
+            return Timed(test.n_tokens, test.n_tokens / row.samples.median, test.n_depth + test.n_gen // 2)
+
+        calm = [row for row in rows if row.samples.others_share <= BUSY_SHARE]
+        prompt = next((row for row in calm if row.test.n_prompt and not row.test.n_depth), None)
+        answer = next((row for row in calm if row.test.n_gen), None)
+        remember_speeds(subject.path, self._machine, session, timed(prompt), timed(answer))
 
     def change(self, row: Row, subject: Subject) -> Change | None:
         """Against the last time, if there was one."""
@@ -340,6 +376,8 @@ def _counts(name: str, text: str | None, least: int) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")] if text is not None else []
     for word in words:
+        if word.isascii() and word.isdigit() and len(word.lstrip("0")) > len(str(_MOST_TOKENS)):
+            raise BadRequest(f"{name} {word:.20} is too much.", f"At most {_MOST_TOKENS:,} can be measured.")
         if not word.isascii() or not word.isdigit() or not least <= int(word) <= _MOST_TOKENS:
             raise BadRequest(
                 f"{name} {text!r:.60} is no list of whole numbers from {least} up.", f"Write it like: {name} 2,4"

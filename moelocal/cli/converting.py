@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from moelocal.build.remote import Remote
     from moelocal.cli.convert import Conversion
 
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP) if sys.platform != "win32" else (signal.SIGTERM,)
 _LINE_S = 15.0  # between lines where no bar can be shown
 _LEAST_SPLIT_BYTES = 1 << 20
 
@@ -40,23 +43,43 @@ class Made(NamedTuple):
     converter: Converter
 
 
+class _Task(NamedTuple):
+    """What was typed; `repo`: the repository that SOURCE is, '' for a folder."""
+
+    source: str
+    repo: str
+    out: str | None
+    conversion: Conversion
+    split_bytes: int | None
+    python: str
+
+
 def carry_out(source: str, out: str | None, conversion: Conversion, verbose: bool) -> Made:
     """From the command line to the finished file.
 
     Raises:
         MoelocalError: at whatever step; nothing is left of the output then.
     """
-    from moelocal.build.convert import check_python
+    from moelocal.build.checkpoint import check_architecture, open_checkpoint, remark_on
+    from moelocal.build.convert import check_output, check_python
+    from moelocal.cli.messages import note
 
     split_bytes = _check(conversion)
-    folder, remote = _look(source, conversion)
-    python = _python(conversion.python)
-    check_python(python)
+    for signum in _ENDINGS:  # a window that is closed: gigabytes must not be left behind
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    checkpoint, remote = _look(source, conversion)
+    task = _Task(source, remote.repo if remote else "", out, conversion, split_bytes, _python(conversion.python))
+    check_python(task.python)
     with _Shown(verbose) as shown:
         converter = _converter(conversion, shown)
-        checkpoint = _checkpoint(folder, remote, converter)
-        job = _job(source, out, conversion, checkpoint, converter)
-        job = replace(job, python=python, split_bytes=split_bytes)
+        check_architecture(checkpoint.architecture, converter.architectures())
+        if remark := remark_on(checkpoint.config):
+            note(remark)
+        job = _job(task, checkpoint, converter)
+        check_output(job)
+        if remote is not None:
+            _rehearse(remote, job, shown)
+            job = _job(task, open_checkpoint(_fetched(remote, job)), converter)
         return _work(source, job, conversion.quantize, shown)
 
 
@@ -97,27 +120,23 @@ def _python(typed: str | None) -> str:
     return shutil.which(str(path)) or str(path)
 
 
-def _look(source: str, conversion: Conversion) -> tuple[Path, Remote | None]:
-    """What SOURCE is, by the least that tells it; an architecture that llama.cpp does not have ends here.
+def _look(source: str, conversion: Conversion) -> tuple[Checkpoint, Remote | None]:
+    """What SOURCE is: a whole checkpoint, or what the hub tells of one; what llama.cpp does not support ends here.
 
     Raises:
         MoelocalError: no checkpoint.
     """
-    from moelocal.build.checkpoint import CONFIG, architecture_of, check_architecture, read_config
+    from moelocal.build.checkpoint import CONFIG, architecture_of, check_architecture, open_checkpoint, read_config
     from moelocal.build.remote import look
     from moelocal.paths import user_path
 
-    path, remote = user_path(source), None
-    if path.is_dir():
-        config = read_config(path / CONFIG)
-    elif path.exists():
+    path = user_path(source)
+    if path.exists() and not path.is_dir():
         raise _a_file(path)
-    else:
-        remote = look(_repo(source), conversion.trust_code)
-        path, config = remote.folder, remote.config
-    architecture = architecture_of(config)
+    remote = None if path.is_dir() else look(_repo(source), conversion.trust_code)
+    architecture = architecture_of(remote.head.config if remote else read_config(path / CONFIG))
     check_architecture(architecture, [architecture])
-    return path.resolve() if remote is None else path, remote
+    return (remote.head, remote) if remote else (open_checkpoint(path.resolve()), None)
 
 
 def _a_file(path: Path) -> BadRequest:
@@ -173,41 +192,37 @@ def _converter(conversion: Conversion, shown: _Shown) -> Converter:
     return converter
 
 
-def _checkpoint(folder: Path, remote: Remote | None, converter: Converter) -> Checkpoint:
-    """The checkpoint, whole on this disk.
+def _rehearse(remote: Remote, job: ConvertJob, shown: _Shown) -> None:
+    """Before the weights come: whether the converter can read the tokenizer.
 
     Raises:
-        MoelocalError: it is not, or the converter does not know it.
+        MoelocalError: it cannot.
     """
-    from moelocal.build.checkpoint import (
-        CONFIG,
-        architecture_of,
-        check_architecture,
-        open_checkpoint,
-        read_config,
-        remark_on,
-    )
-    from moelocal.cli.messages import note
+    from moelocal.build.convert import rehearse
+    from moelocal.build.remote import copy_head, missing
 
-    config = read_config(folder / CONFIG)
-    check_architecture(architecture_of(config), converter.architectures())
-    if remark := remark_on(config):
-        note(remark)
-    if remote is not None:
-        folder = _fetched(remote)
-    return open_checkpoint(folder)
+    if not missing(remote):
+        return
+    shown.share("Reading the tokenizer", None, "")
+    with tempfile.TemporaryDirectory(prefix="moelocal-") as scratch:
+        copy_head(remote, Path(scratch))
+        rehearse(replace(job, checkpoint=replace(remote.head, folder=Path(scratch))), remote.repo)
+    shown.clear()
 
 
-def _fetched(remote: Remote) -> Path:
-    """The folder of a repository's checkpoint, after its download."""
+def _fetched(remote: Remote, job: ConvertJob) -> Path:
+    """The folder of a repository's checkpoint, after its download.
+
+    Raises:
+        MoelocalError: no room for it, or for what will be made of it; the hub refuses.
+    """
     from moelocal.build.remote import check_download, fetch
     from moelocal.cli.messages import note
     from moelocal.cli.pull import DownloadView
 
     if remote.contents is None:
         note(f"The hub cannot be asked: {remote.repo} is taken as it is here.")
-        return remote.folder
-    check_download(remote)
+    check_download(remote, job.output, job.checkpoint.output_bytes(job.type_name))
     view = DownloadView()
     try:
         return fetch(remote, view.update)
@@ -219,23 +234,23 @@ def _fetched(remote: Remote) -> Path:
         view.close()
 
 
-def _job(
-    source: str, out: str | None, conversion: Conversion, checkpoint: Checkpoint, converter: Converter
-) -> ConvertJob:
+def _job(task: _Task, checkpoint: Checkpoint, converter: Converter) -> ConvertJob:
     from moelocal.build.convert import ConvertJob
     from moelocal.build.types import quant_type
     from moelocal.cli.making import destination
 
+    conversion = task.conversion
     type_name = checkpoint.best_type if conversion.type == "auto" else conversion.type
-    is_folder = os.path.isdir(source)
-    name = conversion.name or (checkpoint.folder.name if is_folder else _repo(source).rpartition("/")[2])
+    given = conversion.name or task.repo.rpartition("/")[2] or None
     last = quant_type(conversion.quantize).name if conversion.quantize else type_name.upper()
     return ConvertJob(
         checkpoint,
         converter,
-        destination(out, f"{name}-{last}"),
+        destination(task.out, f"{given or checkpoint.folder.name}-{last}"),
         type_name,
-        name=conversion.name or (None if is_folder else name),
+        split_bytes=task.split_bytes,
+        name=given,
+        python=task.python,
         trust_code=conversion.trust_code,
         replace=conversion.force,
     )

@@ -42,10 +42,19 @@ class Evaluation:
     ] = None
 
 
+@dataclass(frozen=True, slots=True)
+class Chunked(opt.Placement):
+    """How the models run, a chunk of the text at a time."""
+
+    ctx: Annotated[
+        int | None, opt.option("--ctx", "Tokens of a chunk of the text. [512, or the saved logits' own]", "N", min=16)
+    ] = None
+
+
 def evaluate(
     model: opt.Model,
     evaluation: Evaluation,
-    placement: opt.Placement,
+    placement: Chunked,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moelocal.cli.screen import is_dumb
+from moelocal.cli.screen import is_dumb, quiet_keys
 from moelocal.errors import BadRequest, MoelocalError, OutOfMemory
 from moelocal.units import format_bytes
 
@@ -334,11 +334,12 @@ def _progress(layout: Layout, state: State, verbose: bool) -> Iterator[Callable[
     if sys.stderr.isatty() and not verbose and not is_dumb():
         from moelocal.cli.render_eval import Bar
 
-        bar = Bar("Evaluating", layout.n_chunks, state.n_done)
-        try:
-            yield lambda now: bar.update(now.n_done, _estimate(now))
-        finally:
-            bar.close()
+        with quiet_keys():  # the ^C of a terminal would push a full line up, out of the bar's reach
+            bar = Bar("Evaluating", layout.n_chunks, state.n_done)
+            try:
+                yield lambda now: bar.update(now.n_done, _estimate(now))
+            finally:
+                bar.close()
         return
 
     def tell(now: State) -> None:

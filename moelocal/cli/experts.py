@@ -48,8 +48,8 @@ def experts(
 ) -> None:
     """Show which experts a model uses for a text: how evenly, how soon again, and how texts differ.
 
-    Without a text, short passages of six domains are run. The result is kept with the model: pruning and models larger
-    than RAM use it.
+    Without a text, short passages of six domains are run. The result is kept as the model's profile, in the folder of
+    MOELOCAL_HOME: for pruning, and for models larger than RAM.
     """
     from moelocal.cli.guard import guard
     from moelocal.cli.messages import note
@@ -67,6 +67,8 @@ def experts(
         from moelocal.cli.render_experts import show
 
         show(sys.stdout, run, model, facts)
+    if not run.interrupted:
+        _keep(model, run)
     if analysis.svg is not None:
         from moelocal.cli.experts_svg import picture
 
@@ -75,7 +77,6 @@ def experts(
     if run.interrupted:
         note(f"(Interrupted: this is what {run.n_tokens:,} tokens showed; it is not kept.)")
         raise SystemExit(130)
-    _keep(model, run)
 
 
 def _moe_facts(model: str) -> ModelFacts:
@@ -119,7 +120,7 @@ def _keep(model: str, run: Run) -> None:
     from moelocal.measure.routing import as_usage
     from moelocal.model.header import read_header
     from moelocal.model.store import resolve
-    from moelocal.model.usage import identity, save_usage
+    from moelocal.model.usage import identity, profile_file, save_usage
 
     if run.n_tokens < _LEAST_KEPT:
         dim(f"Not kept as the profile of this model: {run.n_tokens} tokens are few, {_LEAST_KEPT} are the least.")
@@ -127,8 +128,9 @@ def _keep(model: str, run: Run) -> None:
     path = resolve(model, lambda _: None)
     header = read_header(path)
     paths = [Path(shard) for shard in header.shards] or [path]
-    if save_usage(identity(header, paths), as_usage(run, model)):
-        dim(f"Kept as the profile of this model ({run.n_tokens:,} tokens).")
+    which = identity(header, paths)
+    if save_usage(which, as_usage(run, model)):
+        dim(f"Kept as the profile of this model ({run.n_tokens:,} tokens): {profile_file(which)}")
     else:
         dim("The profile could not be kept: the folder of MOELOCAL_HOME cannot be written.")
 

@@ -66,6 +66,18 @@ def progress_bar(label: str) -> Callable[[float | None], None]:
     return update
 
 
+def status_line() -> Callable[[str | None], None]:
+    """A transient line on stderr that changes: call the result with its text, and with None to remove it."""
+    painter = Painter(sys.stderr)
+    screen = Screen(sys.stderr, painter.cells)
+
+    def show(text: str | None) -> None:
+        screen.refit()
+        screen.draw([], painter.plain(harmless(text), screen.width, "dim")[:1] if text else [])
+
+    return show
+
+
 def answer_view(hide_reasoning: bool = False) -> AnswerView:
     """Where an answer is shown: feed(kind, text) its pieces, then finish(). Raw text when stdout is not a terminal."""
     from moelocal.cli.answer import open_view

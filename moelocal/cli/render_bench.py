@@ -22,28 +22,33 @@ if TYPE_CHECKING:
     from moelocal.machine.hardware import Machine
 
 _BAR = 20  # columns
-_NARROW, _WIDE = 72, 100  # columns of a window: below, bars and predictions are left out
+_LEAST_BAR = 5
 _ROW, _LEFT, _CHART, _RIGHT = 26, 330, 360, 190  # px of the chart
 _ENDLESS = 10_000
 
 
 def show(results: Sequence[Result], machine: Machine, output: Output, as_json: bool) -> None:
-    """Prints results as asked."""
-    if output.svg is not None:
-        chart(results, machine).write(output.svg)
+    """Prints results as asked, and then draws them: what was measured is seen even if the picture cannot be kept."""
     if as_json:
         rows = [result.row.as_json() | (_change_json(result) if output.compare else {}) for result in results]
-        print(json.dumps(rows, ensure_ascii=False))
-        return
-    if output.csv:
+        print(json.dumps(rows, ensure_ascii=False), flush=True)
+    elif output.csv:
         _print_csv(results)
     elif output.markdown:
-        print(markdown(results, machine))
+        print(markdown(results, machine), flush=True)
     else:
         _print_table(results, output.compare)
-    for result in results:
-        for text in result.row.samples.notes:
-            note(f"{_what(result, results)}: {text}.")
+    if not as_json and not output.markdown:  # these carry them
+        for text in _notes(results):
+            note(text)
+    if output.svg is not None:
+        chart(results, machine).write(output.svg)
+        note(f"The chart is in {output.svg}.")
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What a reader must know to trust the figures."""
+    return [f"{_what(result, results)}: {text}." for result in results for text in result.row.samples.notes]
 
 
 def _change_json(result: Result) -> dict[str, Any]:
@@ -111,27 +116,46 @@ def _print_table(results: Sequence[Result], compares: bool) -> None:
         ("tokens/s", [Text(_per_s(r.row.samples.median), style="bold") for r in results]),
         ("min - max", [Text(_range(r), style="dim") for r in results]),
     ]
-    if width >= _NARROW:
-        columns.append(("", [_bar(r.row.samples.median, most[bool(r.row.test.n_prompt)]) for r in results]))
-    if width >= _WIDE:
-        columns.append(("predicted", [Text(_per_s(r.row.predicted_per_s)) for r in results]))
-        columns.append(("of the limit", [Text(_share(r)) for r in results]))
-    if compares:
-        columns.append(("before", [_change(r) for r in results]))
-    columns = [(name, cells) for name, cells in columns if any(cell.plain for cell in cells)]
     if len({r.row.model for r in results}) == 1:
         columns = columns[1:]
         console.print(Text(harmless(results[0].row.model), style="bold"))
+    columns.append(("predicted", [Text(_per_s(r.row.predicted_per_s)) for r in results]))
+    columns.append(("of the limit", [Text(_share(r)) for r in results]))
+    if compares:
+        columns.append(("before", [_change(r) for r in results]))
+    columns = _fitting([(name, cells) for name, cells in columns if any(cell.plain for cell in cells)], width)
+    n_bar = min(_BAR, width - _columns_width(columns) - 2)  # the bars take what the figures leave
+    if n_bar >= _LEAST_BAR:
+        bars = [_bar(r.row.samples.median, most[bool(r.row.test.n_prompt)], n_bar) for r in results]
+        after = [name for name, _ in columns].index("tokens/s") + 1
+        columns.insert(after, ("", bars))
     table = Table.grid(padding=(0, 2))
     for name, _ in columns:
         table.add_column(
-            justify="right" if name in _RIGHT_ALIGNED else "left", no_wrap=name not in ("Model", "Setting")
+            justify="right" if name in _RIGHT_ALIGNED else "left",
+            no_wrap=name not in ("Model", "Setting", "before"),
+            min_width=6,
         )
     table.add_row(*(Text(name, style="dim") for name, _ in columns))
     for row in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*row)
     console.print(table)
     console.print(Text(_setting_line(results), style="dim"))
+
+
+_Columns = list[tuple[str, list[Text]]]
+
+
+def _fitting(columns: _Columns, width: int) -> _Columns:
+    """The columns that a window has room for; what tells the rows apart, and their speeds, always stay."""
+    for name in ("predicted", "min - max", "of the limit"):
+        if _columns_width(columns) > width:
+            columns = [column for column in columns if column[0] != name]
+    return columns
+
+
+def _columns_width(columns: _Columns) -> int:
+    return sum(max(len(name), *(cell.cell_len for cell in cells)) + 2 for name, cells in columns) - 2
 
 
 _RIGHT_ALIGNED = ("tokens/s", "predicted", "of the limit")
@@ -168,8 +192,8 @@ def _share(result: Result) -> str:
     return f"{result.row.samples.median / result.row.roofline_per_s:.0%}"
 
 
-def _bar(value: float, most: float) -> Text:
-    eighths = max(1, round(8 * _BAR * value / most))
+def _bar(value: float, most: float, n_columns: int) -> Text:
+    eighths = max(1, round(8 * n_columns * value / most))
     full, rest = divmod(eighths, 8)
     return Text("█" * full + " ▏▎▍▌▋▊▉"[rest].strip(), style="blue")
 
@@ -222,9 +246,9 @@ def _model_line(result: Result) -> str:
 
 
 def markdown(results: Sequence[Result], machine: Machine) -> str:
-    """A table as forums and GitHub show it, with machine, models and build."""
-    lines = [build_line(results, machine), ""]
-    lines += dict.fromkeys(harmless(_model_line(result)) for result in results)
+    """A table as forums and GitHub show it, with machine, models and build on one line, and what was odd."""
+    models = dict.fromkeys(harmless(_model_line(result)) for result in results)
+    lines = ["; ".join([build_line(results, machine), *models])]
     lines += ["", "| model | setting | test | tokens/s | min - max | predicted | of the roofline |"]
     lines.append("|---|---|---|---:|---:|---:|---:|")
     for result in results:
@@ -234,6 +258,8 @@ def markdown(results: Sequence[Result], machine: Machine) -> str:
             _per_s(row.samples.median), _range(result), _per_s(row.predicted_per_s), _share(result),
         )  # fmt: skip
         lines.append("| " + " | ".join(harmless(cell).replace("|", "\\|") for cell in cells) + " |")
+    if notes := _notes(results):
+        lines += ["", *(f"- {harmless(text)}" for text in notes)]
     return "\n".join(lines)
 
 

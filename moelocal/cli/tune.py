@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moelocal.cli import options as opt
+from moelocal.cli.screen import is_dumb
 from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
@@ -51,8 +54,10 @@ def tune(
         return
     llama.LOG.verbose = verbose
     machine = find_machine(())
-    tuner = Tuner(subject.facts, machine, placement.request(), _loader(subject, verbose), minutes * 60)
-    view, others = _View(subject, tuner, as_json), OtherWork()
+    live = _Live(minutes * 60, silent=verbose)
+    tuner = Tuner(subject.facts, machine, placement.request(), _loader(subject, live, verbose), minutes * 60)
+    tuner.tell = live.show
+    view, others = _View(subject, tuner, live, as_json), OtherWork()
     try:
         for step in tuner.run():
             view.show(step)
@@ -61,11 +66,38 @@ def tune(
         view.end(_keep(subject, machine, tuner, others))
         raise
     finally:
+        live.clear()
         tuner.close()
     view.end(_keep(subject, machine, tuner, others))
 
 
-def _loader(subject: Subject, verbose: bool) -> Any:
+class _Live:
+    """What is being measured, and the time left: a line on a terminal that changes and leaves no trace."""
+
+    def __init__(self, seconds: float, silent: bool) -> None:
+        self._silent = silent or not sys.stderr.isatty() or is_dumb()
+        self._seconds, self._start = seconds, time.monotonic()
+        self._line: Callable[[str | None], None] | None = None
+
+    def show(self, change: dict[str, Any], n_done: int) -> None:
+        """Before each measurement."""
+        if self._silent:
+            return
+        if self._line is None:
+            from moelocal.cli.render import status_line
+
+            self._line = status_line()
+        left = max(0, round(self._seconds - (time.monotonic() - self._start)))
+        what = _words(change) if change else "the best against the planner's choice"
+        self._line(f"  measuring {what}, {n_done // 2 + 1}. pair; at most {left // 60}:{left % 60:02d} left")
+
+    def clear(self) -> None:
+        """Takes the line off the screen, for others to write there."""
+        if self._line is not None:
+            self._line(None)
+
+
+def _loader(subject: Subject, live: _Live, verbose: bool) -> Any:
     from moelocal.cli.opening import LoadingBar
     from moelocal.engine import llama
     from moelocal.engine.session import load
@@ -75,6 +107,7 @@ def _loader(subject: Subject, verbose: bool) -> Any:
 
     def open_as(plan: Any) -> Any:
         llama.offload_prompts_from(offload_min_batch(subject.facts))
+        live.clear()
         with LoadingBar(f"Loading {subject.reference}", silent=verbose) as bar:
             return load(paths, subject.header, plan, bar.update)
 
@@ -120,10 +153,10 @@ def _keep(subject: Subject, machine: Machine, tuner: Tuner, others: OtherWork) -
 class _View:
     """What is tried, a line each, and the end."""
 
-    def __init__(self, subject: Subject, tuner: Tuner, as_json: bool) -> None:
+    def __init__(self, subject: Subject, tuner: Tuner, live: _Live, as_json: bool) -> None:
         from moelocal.cli.messages import dim
 
-        self._subject, self._tuner, self._as_json = subject, tuner, as_json
+        self._subject, self._tuner, self._live, self._as_json = subject, tuner, live, as_json
         self._steps: list[Step] = []
         plan = tuner.plan({})
         dim(f"The planner's choice: {_words({**_of(plan), 'kv_type': plan.kv_type})}. What is faster?")
@@ -133,6 +166,7 @@ class _View:
         from moelocal.cli.messages import dim, note
 
         self._steps.append(step)
+        self._live.clear()
         if step.ratio is None:
             dim(f"  {_words(step.change)}: does not load")
             return
@@ -154,9 +188,12 @@ class _View:
         if not outcome.fields:
             note("The planner's choice is the fastest that was found: nothing to keep.")
         else:
-            print(f"{_words(outcome.fields)}: {_compared(outcome.gain)} than as planned.", flush=True)
+            told = f"{_words(outcome.fields)}: {_compared(outcome.gain)} than as planned"
             if is_kept:
+                print(f"{told}.", flush=True)
                 note(f"Kept: run, chat and plan use it for {self._subject.reference} from now on.")
+            else:
+                note(f"What was seen meanwhile is not to be trusted: {told}.")
         if not outcome.is_complete:
             note("Not everything was tried: give it more --minutes.")
 

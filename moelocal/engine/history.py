@@ -1,4 +1,4 @@
-"""What answers measured, kept for each model file: a line of JSON each, in MOELOCAL_HOME/runs.
+"""What answers and benchmarks measured, kept for each model file: a line of JSON each, in MOELOCAL_HOME/runs.
 
 A line is appended with a single write, so two programs at once neither lose nor mix theirs; one that cannot be
 understood is passed over. A file that is long enough becomes the older half, in place of the one before.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from moelocal.engine import llama
 from moelocal.errors import BadRequest
@@ -26,6 +26,7 @@ from moelocal.plan.memory import CPU
 
 if TYPE_CHECKING:
     from moelocal.engine.meter import Meter
+    from moelocal.engine.session import Session
 
 _VERSION = 1
 _KEPT = 20  # runs that a plan looks at
@@ -33,16 +34,45 @@ _HALF_BYTES = 32 << 10
 _MAX_BYTES = 1 << 20
 
 
+class Timed(NamedTuple):
+    """Tokens of a prompt or of an answer, their seconds, and how many were in the cache on average."""
+
+    n_tokens: int = 0
+    seconds: float = 0.0
+    n_depth: int = 0
+
+
 def remember(meter: Meter) -> None:
     """Keeps what the last answer measured, if it was long enough; a folder that cannot be written is no failure."""
     run = _run_of(meter)
-    if run is None or not (run.has_decode or run.has_prefill):
+    if run is not None:
+        _keep(meter.path, meter.machine, run)
+
+
+def remember_speeds(path: Path, machine: Machine, session: Session, prompt: Timed, answer: Timed) -> None:
+    """Keeps what a benchmark measured, as if it were an answer: a prompt with nothing before it, then generation."""
+    plan = session.plan
+    if plan.setting is None:
+        return
+    ram_bytes, off = _around(session, machine)
+    _keep(
+        path,
+        machine,
+        Run(
+            plan.setting, ram_bytes, prompt.n_tokens, prompt.seconds, prompt.seconds, answer.n_depth,
+            answer.n_tokens, answer.seconds, session.load_s, off,
+        ),
+    )  # fmt: skip
+
+
+def _keep(path: Path, machine: Machine, run: Run) -> None:
+    if not (run.has_decode or run.has_prefill):
         return
     with suppress(OSError, BadRequest):
-        line = {"version": _VERSION, "file": _file(meter.path), "machine": _machine(meter.machine, run.setting)}
+        line = {"version": _VERSION, "file": _file(path), "machine": _machine(machine, run.setting)}
         # a line that a full disk cut off is ended here
         data = b"\n" + json.dumps({**line, **_encoded(run)}, separators=(",", ":")).encode() + b"\n"
-        append(runs_file(meter.path), data, _HALF_BYTES)
+        append(runs_file(path), data, _HALF_BYTES)
 
 
 def append(file: Path, data: bytes, half_bytes: int) -> None:
@@ -94,17 +124,15 @@ def _older(file: Path) -> Path:
 
 
 def _run_of(meter: Meter) -> Run | None:
-    from moelocal.engine.allocation import off_plan
-
     timings, session = meter.timings, meter.session
     plan = session.plan
     if timings is None or plan.setting is None:
         return None
     n_decoded = max(0, timings.generated_tokens - 1)
-    comparable = plan.n_ctx == session.n_ctx and not plan.disk_bytes
+    ram_bytes, off = _around(session, meter.machine)
     return Run(
         plan.setting,
-        next((use.budget_bytes for use in plan.per_device if use.name == CPU), meter.machine.ram_free_bytes),
+        ram_bytes,
         timings.prompt_tokens - timings.cached_tokens,
         timings.prompt_s,
         timings.first_token_s if timings.generated_tokens else 0.0,
@@ -112,8 +140,19 @@ def _run_of(meter: Meter) -> Run | None:
         n_decoded,
         max(0.0, timings.generate_s - meter.away_s),
         timings.load_s,
-        tuple(Difference(*one) for one in off_plan(plan.per_device, session.allocated)) if comparable else (),
+        off,
     )
+
+
+def _around(session: Session, machine: Machine) -> tuple[int, tuple[Difference, ...]]:
+    """How much RAM the plan might use, and where llama.cpp took another amount of memory than planned."""
+    from moelocal.engine.allocation import off_plan
+
+    plan = session.plan
+    ram_bytes = next((use.budget_bytes for use in plan.per_device if use.name == CPU), machine.ram_free_bytes)
+    comparable = plan.n_ctx == session.n_ctx and not plan.disk_bytes
+    off = tuple(Difference(*one) for one in off_plan(plan.per_device, session.allocated)) if comparable else ()
+    return ram_bytes, off
 
 
 def _file(path: Path) -> list[int]:

@@ -77,7 +77,8 @@ class Samples:
         if self.throttled:
             found.append(f"{' and '.join(self.throttled)} was held back by heat or power")
         if self.major_faults:
-            found.append(f"{self.major_faults:,} pages came from disk")
+            pages = "1 page" if self.major_faults == 1 else f"{self.major_faults:,} pages"
+            found.append(f"{pages} came from disk")
         return tuple(found)
 
 

@@ -9,6 +9,7 @@ end the best and the planner's choice take turns once more.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -92,6 +93,8 @@ class Tuner:
         self._open: list[_Trial] = []  # may be faster
         self.best: Fields = {}
         self.gain = 1.0
+        self.tell: Callable[[Fields, int], None] = lambda change, n_done: None
+        """Told before each measurement what is varied, and how many measurements of it are done."""
 
     def _n_ctx(self) -> int:
         return min(self.facts.n_ctx_train or 1 << 20, max(self._turn.n_ctx, 1024))
@@ -224,11 +227,18 @@ class Tuner:
     def _duel(self, first: Plan, second: Plan, trial: _Trial, most: int) -> Ratio:
         """A trial's two plans, with the pairs that were measured before."""
         sizes = (self.n_prompt if trial.parts[0] else 0, N_ANSWER if trial.parts[1] else 0)
+        done = itertools.count()
+
+        def measure(plan: Plan) -> float:
+            self.tell(trial.change, next(done))
+            return self.measure(plan, sizes)
+
         for plan in (first, second):  # loads, and brings weights in
+            self.tell(trial.change, 0)
             self.measure(plan, (min(sizes[0], 32), min(sizes[1], 4)))
         return duel(
-            lambda: self.measure(first, sizes),
-            lambda: self.measure(second, sizes),
+            lambda: measure(first),
+            lambda: measure(second),
             most,
             trial.least_gain,
             self._has_time,

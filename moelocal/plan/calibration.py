@@ -43,9 +43,9 @@ class Difference(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one answer measured: `n_prompt` tokens of prompt computed in `prompt_s`, `n_decoded` tokens in `decode_s`
-    with `n_depth` in the cache on average. `ram_bytes`: how much RAM the plan might use. No `prompt_s`, and no
-    `first_token_s`, for an answer that was cut short."""
+    """What one answer, or one benchmark, measured: `n_prompt` tokens of prompt computed in `prompt_s`, `n_decoded`
+    tokens in `decode_s` with `n_depth` in the cache on average. `ram_bytes`: how much RAM the plan might use. No
+    `prompt_s`, and no `first_token_s`, for an answer that was cut short."""
 
     setting: Setting
     ram_bytes: int
@@ -255,7 +255,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def _count(n: int) -> str:
-    return f"{n} answers" if n != 1 else "1 answer"
+    return f"{n} runs" if n != 1 else "1 run"
 
 
 def _different(run: Setting, now: Setting) -> str:

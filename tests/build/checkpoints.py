@@ -28,17 +28,24 @@ import gguf
 from tqdm import tqdm
 import transformers
 
+def set_vocab(folder):
+    if os.environ.get("FAKE_CONVERTER") == "tokenizer":
+        raise RuntimeError("could not parse ModelProto")
+    transformers.AutoTokenizer.from_pretrained(folder)
+    assert not sys.stdin.read()
+
 def main():
     parser = argparse.ArgumentParser()
     for name in ("--outfile", "--outtype", "--model-name", "--split-max-size"):
         parser.add_argument(name)
+    parser.add_argument("--vocab-only", action="store_true")
     parser.add_argument("model")
     args = parser.parse_args()
     how = os.environ.get("FAKE_CONVERTER", "")
     logging.getLogger("hf-to-gguf").warning("said once")
     logging.getLogger("hf-to-gguf").warning("said once")
     print("this must not reach the parent's protocol")
-    transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    set_vocab(args.model)
     if how.startswith("raise "):
         raise eval(how.removeprefix("raise "))
     if how == "exit":
@@ -46,7 +53,9 @@ def main():
         sys.exit(1)
     if how == "kill":
         os.kill(os.getpid(), 9)
-    if how == "nothing":
+    if args.vocab_only:
+        assert not [name for name in os.listdir(args.model) if name.endswith((".safetensors", ".index.json"))]
+    if how == "nothing" or args.vocab_only:
         return
     ends = ["-00001-of-00002.gguf", "-00002-of-00002.gguf"] if args.split_max_size else [".gguf"]
     stem = os.path.join(os.path.dirname(__file__), "gguf-py", "written")

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from moelocal.build.checkpoint import architecture_of, check_architecture, open_checkpoint, read_config, remark_on
+from moelocal.build.checkpoint import (
+    Checkpoint,
+    Weights,
+    architecture_of,
+    check_architecture,
+    open_checkpoint,
+    read_config,
+    remark_on,
+)
 from moelocal.errors import BadRequest
 from tests.build.checkpoints import ARCHITECTURE, Shapes, safetensors, write_checkpoint
 
@@ -132,3 +140,17 @@ def test_deepseek_without_a_scoring_function_is_remarked(tmp_path: Path) -> None
     with pytest.raises(BadRequest) as caught:
         read_config(tmp_path / "config.json")
     assert str(tmp_path / "a") in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "lacks"),
+    [
+        ("Qwen3NextForCausalLM", "model.layers.0.mlp.gate.weight", True),
+        ("Qwen3NextForCausalLM", "mtp.layers.0.mlp.gate.weight", False),
+        ("Qwen3_5MoeForConditionalGeneration", "model.language_model.layers.0.mlp.gate.weight", True),
+        ("Qwen3MoeForCausalLM", "model.layers.0.mlp.gate.weight", False),
+    ],
+)
+def test_layers_for_a_second_token_may_be_missing(architecture: str, tensor: str, lacks: bool, tmp_path: Path) -> None:
+    assert Checkpoint(tmp_path, {}, architecture, (Weights(tensor, "BF16", (2, 2), 8),), 8).lacks_prediction == lacks
+    assert not Checkpoint(tmp_path, {}, architecture, (), 8).lacks_prediction  # not known

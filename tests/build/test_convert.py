@@ -98,6 +98,7 @@ def test_failures_in_plain_words(job: ConvertJob, monkeypatch: pytest.MonkeyPatc
     "how,message",
     [
         ("exit", "architecture Abc"),
+        ("tokenizer", "tokenizer of .* cannot be read: could not"),
         ("nothing", "wrote nothing"),
         ("half", "no usable GGUF"),
         ("kill", "Memory ran out"),

@@ -188,6 +188,9 @@ def test_given_what_is_none(tmp_path: Path, home: Path) -> None:
     with pytest.raises(BadRequest, match=r"does not hold llama\.cpp's converter"):
         find_converter(tmp_path)
     broken = tmp_path / "broken.tar.gz"
+    broken.write_bytes(b"no archive at all")
+    with pytest.raises(MoelocalError, match="is no source distribution"):
+        find_converter(broken)
     broken.write_bytes(make_sdist()[:200])
     with pytest.raises(MoelocalError, match="is no source distribution"):
         find_converter(broken)

@@ -113,6 +113,14 @@ def test_an_unknown_architecture_ends_before_the_weights(
     assert hub.wire["config.json"] and not hub.wire[WEIGHTS]
 
 
+def test_a_tokenizer_that_cannot_be_read_ends_before_the_weights(
+    run: Run, tools: list[str], hub: HubServer, tmp_path: Path, home: Path
+) -> None:
+    done = run("convert", REPO, *tools, **hub.env(tmp_path / "hf"), FAKE_CONVERTER="tokenizer")
+    assert done.returncode == 1 and f"The tokenizer of {REPO} cannot be read" in done.stderr
+    assert hub.wire["tokenizer.json"] and not hub.wire[WEIGHTS] and made(home) == []
+
+
 def test_a_repository_that_lacks_a_shard_ends_before_the_weights(
     run: Run, tools: list[str], hub: HubServer, tmp_path: Path
 ) -> None:
@@ -156,8 +164,9 @@ def test_without_torch_the_command_is_told_before_anything_is_fetched(run: Run, 
     assert done.returncode == 1 and "pip install 'moelocal[convert]'" in done.stderr
 
 
-def test_a_terminal_sees_a_bar_and_ctrl_c_leaves_nothing(
-    env: dict[str, str], tools: list[str], tmp_path: Path, home: Path
+@pytest.mark.parametrize("signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_terminal_sees_a_bar_and_an_end_in_the_middle_leaves_nothing(
+    env: dict[str, str], tools: list[str], tmp_path: Path, home: Path, signum: int, status: int
 ) -> None:
     folder = write_checkpoint(tmp_path / "My-MoE")
     master, slave = pty.openpty()
@@ -170,11 +179,11 @@ def test_a_terminal_sees_a_bar_and_ctrl_c_leaves_nothing(
     while b"Writing BF16" not in seen:
         assert time.monotonic() < end, seen
         seen += os.read(master, 4096)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     while True:
         try:
             seen += os.read(master, 4096)
         except OSError:
             break
-    assert process.wait(20) == 130 and b"Traceback" not in seen
+    assert process.wait(20) == status and b"Traceback" not in seen
     assert made(home) == []

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,35 @@ def wait_for_chunks(home: Path, n: int) -> None:
                 return
         time.sleep(0.002)
     raise AssertionError("no chunk was done")
+
+
+def test_ctx_is_explained_as_the_chunk_it_is() -> None:
+    assert "Tokens of a chunk" in run("eval", "--help").stdout
+
+
+def test_a_terminal_does_not_echo_into_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ^C of a terminal pushed a full line up, where it stayed."""
+    from contextlib import contextmanager
+
+    from moelocal.cli import evaluating, render_eval
+    from moelocal.measure.perplexity import Layout
+
+    events: list[str] = []
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        events.append("quiet")
+        yield
+        events.append("loud")
+
+    bar = SimpleNamespace(close=lambda: events.append("closed"))
+    monkeypatch.setattr(evaluating, "quiet_keys", quiet)
+    monkeypatch.setattr(evaluating, "is_dumb", lambda: False)
+    monkeypatch.setattr(render_eval, "Bar", lambda *_: bar)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    with evaluating._progress(Layout(512, 3), SimpleNamespace(n_done=0), verbose=False):  # type: ignore[arg-type]
+        pass
+    assert events == ["quiet", "closed", "loud"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

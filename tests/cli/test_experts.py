@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from moelocal.model.header import read_header
-from moelocal.model.usage import identity, load_usage
+from moelocal.model.usage import identity, load_usage, profile_file
 from tests.cli.test_run import QUICK, command, refused, run
 from tests.conftest import DEMO
 
@@ -33,6 +33,7 @@ def test_the_built_in_passages(home: Path) -> None:
     done = run("experts", "demo", *QUICK)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and "Kept as the profile" in done.stderr
+    assert str(profile_file(identity(read_header(DEMO), [DEMO]))) in done.stderr
     assert "4 MoE layers, 16 experts each, 2 per token" in lines[0] and "prose" in lines[1]
     assert max(map(len, lines)) <= 80 and "\x1b" not in done.stdout
     for text in ("LRU", "times the mean", "How far apart", "mathematics", "German"):

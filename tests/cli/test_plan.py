@@ -112,7 +112,7 @@ def test_what_ran_here_is_shown_and_corrects_the_prediction(home: Path) -> None:
     assert found["decode_per_s"] > min(rates) * 0.99  # more if the reader of the stream was held up
     assert ran[0]["plan"]["measured"] is None and ran[1]["plan"]["measured"] is not None
     picture = moelocal("demo").stdout
-    assert "measured" in picture and "corrected by 2 answers measured here" in picture
+    assert "measured" in picture and "corrected by 2 runs measured here" in picture
     described = json.loads(moelocal("demo", "--machine", "ram=16GiB", "--json").stdout)
     assert described["measured"] is None
 

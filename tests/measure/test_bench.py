@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moelocal.measure.bench import BenchTest, Samples, is_falling, outliers
 from moelocal.measure.bench_rows import Earlier, Kept, Row, Setting, compare
 from moelocal.paths import user_home
-from tests.conftest import ROOT
+from tests.conftest import DEMO, ROOT
 
 SETTING = Setting(2, 2, 512, True, "f16", {"CPU": [0, 1]})
 FILE = (1000, "m.gguf")
@@ -155,7 +158,9 @@ def test_the_formats(run: Run, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(run(*SHORT, "--csv").stdout)))
     assert [one["test"] for one in rows] == ["pp32", "tg8"] and float(rows[0]["median"]) > 0
     text = run(*SHORT, "--markdown").stdout.splitlines()
-    assert "llama-cpp-python" in text[0] and text[2].startswith("demo: llama") and "| pp32 |" in text[-2]
+    assert (
+        "llama-cpp-python" in text[0] and text[2].startswith("demo: llama") and any("| pp32 |" in line for line in text)
+    )
     picture = tmp_path / "chart.svg"
     assert run(*SHORT, "--svg", str(picture)).returncode == 0
     words = "".join(ET.parse(picture).getroot().itertext())
@@ -173,13 +178,93 @@ def test_the_formats(run: Run, tmp_path: Path) -> None:
         (("demo", "--json", "--csv"), "exclude each other"),
         (("demo", "no-such-model"), "no-such-model"),
         (("demo", "--ram", "1MiB"), "RAM"),
-        ((*SHORT, "--svg", "/no/such/folder/a.svg"), "cannot be written"),
+        (("demo", "--svg", "/no/such/folder/a.svg"), "cannot be written"),
+        (("demo", "--prompt", "99999999"), "1,048,576"),
     ],
 )
 def test_refusals(run: Run, args: tuple[str, ...], text: str) -> None:
     done = run(*args)
     assert done.returncode in (1, 2) and text in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 4
+
+
+def test_the_picture_comes_last(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is seen, even if the picture cannot be kept in the end."""
+    from moelocal.cli import render_bench
+    from moelocal.cli.bench import Output
+    from moelocal.errors import MoelocalError
+
+    shown: list[str] = []
+    monkeypatch.setattr(render_bench, "_print_table", lambda *_: shown.append("table"))
+    output = Output(svg=tmp_path / "a.svg")
+
+    def full(*_: object) -> None:
+        raise MoelocalError("full", "make room")
+
+    monkeypatch.setattr(render_bench, "chart", full)
+    with pytest.raises(MoelocalError):
+        render_bench.show([], None, output, as_json=False)  # type: ignore[arg-type]
+    assert shown == ["table"]
+
+
+def test_equal_settings_are_measured_once(run: Run) -> None:
+    done = run(*SHORT, "--experts-on-cpu", "0,2,99", "--json")
+    assert len(json.loads(done.stdout)) == 2 and "measured once" in done.stderr
+    assert len(json.loads(run("demo", *SHORT, "--json").stdout)) == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_the_window(width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Settings that differ, and speeds, are always told; bars and predictions where there is room."""
+    from rich.console import Console
+
+    from moelocal.cli import render_bench
+    from moelocal.cli.bench import Result
+
+    monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
+    monkeypatch.setenv("COLUMNS", str(width))
+    slow = Setting(1, 1, 512, True, "f16", {"CPU": [0, 1]})
+    earlier = compare([100.0] * 3, Earlier("2026-01-01", "0.3", (200.0,) * 3))
+    deep = BenchTest(512, 0, 4096)
+    results = [Result(row(80.0, 100.0, 120.0, test=deep, setting=its), None, earlier) for its in (slow, SETTING)]  # type: ignore[arg-type]
+    render_bench._print_table(results, compares=True)
+    page = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, page.splitlines())) <= width
+    for text in ("1 thread", "pp512 @ d4096", "100.0", "SLOWER"):
+        assert text in page
+    assert ("predicted" in page) == (width > 80) and ("█" in page) == (width > 80)
+    plain = [result._replace(change=None) for result in results[:1]]
+    render_bench._print_table(plain, compares=False)
+    page = capsys.readouterr().out
+    assert "of the limit" in page and "█" in page and ("predicted" in page) == (width >= 80)
+
+
+def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the planner's own setting it counts as an answer does; what other programs slowed down does not."""
+    from moelocal.cli import bench
+    from moelocal.engine.history import read_runs
+    from moelocal.machine.hardware import Device, detect
+    from moelocal.plan.planner import PlanRequest, make_plan
+
+    subject = bench.subject_of(str(DEMO))
+    here = detect((Device("CPU", "chip", "cpu", 8 << 30, 8 << 30),), "1.0")
+    plan = make_plan(subject.facts, here, PlanRequest(n_ctx=1024))
+    session = SimpleNamespace(plan=plan, n_ctx=1024, load_s=0.5, allocated=plan.per_device, close=lambda: None)
+    work = bench._Bench(here, [BenchTest(512, 0, 256), PP512, BenchTest(0, 128)], 2, (), verbose=True)
+    monkeypatch.setattr(work, "_load", lambda *_: session)
+    share = 0.9
+    monkeypatch.setattr(
+        work, "_row", lambda s, p, x, test, _: Row("m", test, SETTING, Samples((64.0,) * 2, 1, 0, share), 1.0, 1.0)
+    )
+    list(work.rows(subject, [plan], teaches=True))
+    assert not read_runs(subject.path, here)
+    share = 0.0
+    list(work.rows(subject, [plan], teaches=False))
+    assert not read_runs(subject.path, here)
+    list(work.rows(subject, [plan], teaches=True))
+    [run] = read_runs(subject.path, here)
+    assert (run.n_prompt, run.prompt_s, run.n_decoded, run.decode_s, run.n_depth) == (512, 8.0, 128, 2.0, 64)
+    assert run.setting == plan.setting and run.is_whole
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -71,7 +71,7 @@ def test_it_holds_on_every_kind_of_machine(qwen: ModelFacts, here: Machine) -> N
     assert corrected(qwen, here, [measured], measured) == pytest.approx((7.0, 50.0), rel=0.02)
     again = make_plan(qwen, here, CHAT, Calibration(qwen, here, [measured]))
     assert again.measured is not None and again.measured[:2] == pytest.approx((7.0, 50.0))
-    assert any("corrected by 1 answer" in reason for reason in again.reasons)
+    assert any("corrected by 1 run" in reason for reason in again.reasons)
 
 
 def test_one_odd_run_changes_nothing(demo: ModelFacts) -> None:
@@ -161,7 +161,7 @@ def test_what_was_measured_with_other_settings_is_shown_and_said(qwen: ModelFact
     mapped = make_plan(qwen, here, PlanRequest(one_shot=True))
     plan = make_plan(qwen, here, CHAT, Calibration(qwen, here, [run(mapped.setting, 5.0, 40.0)]))
     assert plan.repack and plan.measured is not None and plan.measured.decode_per_s == pytest.approx(5.0)
-    assert any("1 answer with weights not repacked" in reason for reason in plan.reasons)
+    assert any("1 run with weights not repacked" in reason for reason in plan.reasons)
 
 
 def test_memory_that_was_not_as_planned_is_told(demo: ModelFacts) -> None:
