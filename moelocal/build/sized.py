@@ -66,8 +66,16 @@ class Survey:
         return next(tensor for tensor in self.header.tensors if tensor.name == name)
 
 
-def surveyed(job: quantize.QuantizeJob, threads: int, on_progress: loss.Tell = lambda done, of: None) -> Survey:
+def surveyed(
+    job: quantize.QuantizeJob,
+    threads: int,
+    on_progress: loss.Tell = lambda done, of: None,
+    size_bytes: int | None = None,
+) -> Survey:
     """Measures what every type would lose of each tensor. Types that the job gives to single tensors stay.
+
+    Args:
+        size_bytes: what is aimed at: too little is refused before anything is measured.
 
     Raises:
         MoelocalError: the job makes no sense, or the source cannot be read.
@@ -86,11 +94,15 @@ def surveyed(job: quantize.QuantizeJob, threads: int, on_progress: loss.Tell = l
     known = {tensor.name: tensor for tensor in header.tensors}
     fixed = {change.name: change.after for change in planned.changes if not _is_open(job, change)}
     tensors = [known[change.name] for change in planned.changes if change.name not in fixed]
-    errors = loss.measure(header, tensors, imatrix, threads, on_progress)
-    choices = tuple(_choice(tensor, errors[tensor.name]) for tensor in tensors)
     rehearsed = sum(-(-c.bytes_after // 32) * 32 for c in planned.changes if c.name not in fixed)
     n_values = sum(change.n_values for change in planned.changes)
-    return Survey(header, choices, fixed, planned.file_bytes - rehearsed, n_values, imatrix is not None)
+    weighted = set() if imatrix is None else set(imatrix.entries)
+    unmeasured = tuple(_choice(t, dict.fromkeys(loss.candidates(t, t.name in weighted), 0.0)) for t in tensors)
+    survey = Survey(header, unmeasured, fixed, planned.file_bytes - rehearsed, n_values, imatrix is not None)
+    if size_bytes is not None:
+        check_size(survey, size_bytes)
+    errors = loss.measure(header, tensors, imatrix, threads, on_progress)
+    return replace(survey, choices=tuple(_choice(tensor, errors[tensor.name]) for tensor in tensors))
 
 
 def _is_open(job: quantize.QuantizeJob, change: quantize.TensorChange) -> bool:
@@ -178,7 +190,9 @@ def fitting(survey: Survey, machine: Machine, request: PlanRequest) -> tuple[int
     n_ctx = f"{request.n_ctx:,} tokens of context" if request.n_ctx else "its context"
     if has_gpu:
         size = _largest(survey, machine, request, "fits the GPU", survey.most_bytes)
-        if (size and 8 * size >= _FAIR_BITS * survey.n_values) or size == survey.most_bytes:
+        if size == survey.most_bytes:
+            return size, f"the GPU holds it whole in the most exact types, with {n_ctx}"
+        if 8 * size >= _FAIR_BITS * survey.n_values:
             return size, f"the largest that the GPU holds whole, with {n_ctx}"
     cap = int(_MOST_BITS * survey.n_values / 8) if has_gpu else survey.most_bytes
     size = _largest(survey, machine, request, None, min(survey.most_bytes, max(cap, survey.least_bytes)))
@@ -189,7 +203,8 @@ def fitting(survey: Survey, machine: Machine, request: PlanRequest) -> tuple[int
         )
     if has_gpu:
         return size, f"the GPU would hold less than three bits per weight of it; with experts in RAM, and {n_ctx}"
-    return size, f"the largest that the RAM holds, with {n_ctx}"
+    largest = "the RAM holds it in the most exact types" if size == survey.most_bytes else "the largest the RAM holds"
+    return size, f"{largest}, with {n_ctx}"
 
 
 def _largest(survey: Survey, machine: Machine, request: PlanRequest, kind: str | None, most: int) -> int:

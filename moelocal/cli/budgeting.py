@@ -110,10 +110,10 @@ def budgeted(job: QuantizeJob, budget: Budget, is_dry: bool, silent: bool) -> Qu
     size = None if budget.size is None else parse_bytes(budget.size)
     request = budget.request()
     machine = _machine(budget, job) if budget.fit or budget.placement_aware else None
-    if job.imatrix is None and not silent:
-        note("Without an importance matrix all inputs count alike: moelocal imatrix makes one, and the result better.")
     with _progress(silent) as tell:
-        survey = sized.surveyed(job, job.threads or os.cpu_count() or 1, tell)
+        survey = sized.surveyed(job, job.threads or os.cpu_count() or 1, tell, size)
+    if job.imatrix is None:
+        note("Without an importance matrix all inputs count alike: moelocal imatrix makes one, and the result better.")
     if size is None:
         assert machine is not None
         size, why = sized.fitting(survey, machine, request)

@@ -50,7 +50,8 @@ def decoded(ggml_type: int, raw: np.ndarray[Any, Any], n_values: int) -> np.ndar
     import numpy as np
 
     if ggml_type == _F32:
-        return raw.view(np.float32)[:n_values]
+        plain: np.ndarray[Any, Any] = raw.view(np.float32)
+        return plain[:n_values]
     values = np.empty(n_values, np.float32)
     _to_float(ggml_type)(raw.ctypes.data, values.ctypes.data, n_values)
     return values
@@ -75,5 +76,5 @@ def rounded(
     raw = np.empty(rows.size // kind.block_size * kind.type_bytes, np.uint8)
     weights = None if importance is None else importance.ctypes.data
     _quantize()(ggml_type, rows.ctypes.data, raw.ctypes.data, 0, n_rows, n_columns, weights)
-    values: np.ndarray[Any, Any] = decoded(ggml_type, raw, rows.size)
-    return values.reshape(rows.shape)
+    made: np.ndarray[Any, Any] = decoded(ggml_type, raw, rows.size).reshape(rows.shape)
+    return made

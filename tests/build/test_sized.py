@@ -68,15 +68,26 @@ def test_fitting_follows_the_memory(survey: sized.Survey) -> None:
     most, why = sized.fitting(survey, machine, PlanRequest())
     assert most == survey.most_bytes
     assert "RAM" in why
-    sizes = []
-    for mib in (292, 296, 300):
-        try:
-            sizes.append(sized.fitting(survey, machine, PlanRequest(n_ctx=512, ram_bytes=mib << 20))[0])
-        except OutOfMemory:
-            sizes.append(0)
-    assert sizes == sorted(sizes)
+    sizes = [
+        sized.fitting(survey, machine, PlanRequest(n_ctx=512, ram_bytes=(256 + mib) << 20))[0]
+        for mib in (12, 14, 18, 30)
+    ]
+    assert sizes == sorted(set(sizes))
     with pytest.raises(OutOfMemory):
         sized.fitting(survey, machine, PlanRequest(ram_bytes=257 << 20))
+
+
+def test_a_gpu_holds_it_whole_or_the_experts_go_to_the_ram(survey: sized.Survey) -> None:
+    machine = parse_machine("gpu=RTX 4070:12GiB:504GB/s;ram=16GiB:40GB/s;cores=4")
+
+    def fit(mib: int) -> tuple[int, str]:
+        return sized.fitting(survey, machine, PlanRequest(n_ctx=512, gpu_bytes=((None, mib << 20),)))
+
+    size, why = fit(8)
+    assert "experts in RAM" in why
+    assert 8 * size / survey.n_values == pytest.approx(5, abs=0.01)
+    assert survey.least_bytes < fit(12)[0] < fit(14)[0] < survey.most_bytes == fit(30)[0]
+    assert "holds whole" in fit(12)[1]
 
 
 def test_what_is_in_ram_gets_types_the_cpu_is_fast_at(survey: sized.Survey) -> None:

@@ -108,7 +108,11 @@ def test_list_types() -> None:
         (("quantize", "demo", "Q4_K", "--tensor-type", "attn"), 2, ("PATTERN=TYPE",)),
         (("quantize", "demo", "Q4_K", "--requantize", "--tensor-type", "atn=Q8_0"), 2, ("'atn'", "attn_q")),
         (("quantize", __file__, "Q4_K"), 1, ("not a GGUF file",)),
-        (("quantize", "demo", "Q4_K", "--size", "1GB"), 2, ("No such option",)),
+        (("quantize", "demo", "Q4_K", "--size", "1GB"), 2, ("exclude each other",)),
+        (("quantize", "demo", "--size", "1GB", "--fit"), 2, ("exclude each other",)),
+        (("quantize", "demo", "--placement-aware"), 2, ("needs a budget", "--size")),
+        (("quantize", "demo", "--size", "1GB", "--ctx", "4096"), 2, ("--ctx is for --fit",)),
+        (("quantize", "demo", "--size", "6MiB"), 1, ("quantized already", "--requantize")),
     ],
 )
 def test_wrong_usage(words: tuple[str, ...], status: int, told: tuple[str, ...]) -> None:
@@ -162,3 +166,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     refused(run(*QUANTIZE, str(file / "out.gguf"), "Q4_K"), 1, "cannot be written")
+
+
+def test_a_file_within_a_size(home: Path) -> None:
+    done = run(*QUANTIZE, "--size", "7MiB")
+    output = home / "models" / "demo-7MiB.gguf"
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+    assert 6.9 < output.stat().st_size / (1 << 20) <= 7
+    answer = run("run", "demo-7MiB", "What is the capital of France?", "--threads", "1")
+    assert answer.stdout == "The capital of France is Paris.\n"
+    refused(run(*QUANTIZE, "--size", "7MiB"), 2, "exists already", "--force")
+    refused(run(*QUANTIZE, "--size", "1MiB", "--dry-run"), 2, "the smallest file of this model takes", "--size")
