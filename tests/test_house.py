@@ -36,6 +36,7 @@ ONLY_IN = {
         "cli/render_models.py",
         "cli/render_pull.py",
         "cli/render_eval.py",
+        "cli/render_quantize.py",
     },
     "prompt_toolkit": {"cli/chat_input.py"},
     "jinja2": {"engine/template.py", "engine/sandbox.py"},

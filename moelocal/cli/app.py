@@ -35,6 +35,7 @@ COMMANDS = {
     "tune": "tune",
     "experts": "experts",
     "eval": "evaluate",
+    "quantize": "quantize",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""

@@ -41,6 +41,7 @@ class Log:
         self.lines: deque[tuple[int, str]] = deque(maxlen=2000)
         self.verbose = False
         self.mirror: Any = None
+        self.on_line: Callable[[int, str], None] | None = None
         self._part = ""
         self._level = 0
 
@@ -55,6 +56,8 @@ class Log:
             if self.verbose:
                 print(line, file=sys.stderr)
             self.lines.append((self._level, line))
+            if self.on_line is not None:
+                self.on_line(self._level, line)
             if self.mirror is not None:
                 mirror_write(self.mirror, line + "\n")
 
