@@ -36,6 +36,7 @@ COMMANDS = {
     "experts": "experts",
     "eval": "evaluate",
     "quantize": "quantize",
+    "prune": "prune",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""

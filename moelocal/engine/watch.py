@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from moelocal.engine.session import Session
 
 _N_BATCH = 256  # tokens at once: the logits of all of them are kept, see `route`
-_CHOICE, _WEIGHTS = "choice", "weights"
+_CHOICE, _WEIGHTS, _OUTPUT = "topk", "weights", "down"
 # the weights are normalised and scaled in steps, as the architecture wants: the last node is what is used
-_NODE = re.compile(rb"ffn_moe_(?:(topk)|weights(?:_softmax|_norm|_scaled)?)-(\d+)")
+_NODE = re.compile(rb"ffn_moe_(topk|weights|down)(?:_softmax|_norm|_scaled|_biased)?-(\d+)")
 _I32, _F32 = 26, 0  # enum ggml_type
 
 
@@ -63,11 +63,13 @@ _NAME_AT = _Tensor.name.offset
 @dataclass(slots=True)
 class Choices:
     """What one layer's router chose: `experts` are ids, int32[n_tokens, n_used], each token's likeliest first;
-    `weights` what their outputs were multiplied with, float32 of the same shape, or empty where they are not seen."""
+    `weights` what their outputs were multiplied with, float32 of the same shape, or empty where they are not seen;
+    `norms` the Euclidean norms of these outputs before that, or empty where they were not asked for."""
 
     n_used: int = 0
     experts: array[int] = field(default_factory=lambda: array("i"))
     weights: array[float] = field(default_factory=lambda: array("f"))
+    norms: array[float] = field(default_factory=lambda: array("f"))
 
     @property
     def n_tokens(self) -> int:
@@ -76,15 +78,20 @@ class Choices:
 
 
 class Watch:
-    """Collects choices per layer. Give it to `session.load`; one session has at most one."""
+    """Collects choices per layer. Give it to `session.load`; one session has at most one.
+
+    `outputs`: the norms of the experts' outputs too, which takes time.
+    """
 
     n_batch = _N_BATCH
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: bool = False) -> None:
+        self._kinds = {_CHOICE, _WEIGHTS, _OUTPUT} if outputs else {_CHOICE, _WEIGHTS}
         self.layers: dict[int, Choices] = {}
         self._known: dict[bytes, tuple[str, int] | None] = {}  # names of nodes, and what they are to us
         self._batch: dict[int, tuple[int, array[int]]] = {}  # of the batch that runs: layer, n_used and ids
         self._weights: dict[int, array[float]] = {}
+        self._norms: dict[int, array[float]] = {}
         self._failure: BaseException | None = None
         self._checked = False
 
@@ -106,6 +113,7 @@ class Watch:
         """Before a batch: what an unfinished one left is dropped."""
         self._batch.clear()
         self._weights.clear()
+        self._norms.clear()
 
     def commit(self) -> None:
         """After a batch: its choices count.
@@ -124,9 +132,12 @@ class Watch:
             ) from failure
         for layer, (n_used, ids) in self._batch.items():
             kept = self.layers.setdefault(layer, Choices(n_used))
-            weights = self._weights.get(layer, ())
-            if len(weights) == len(ids) and len(kept.weights) == len(kept.experts):
-                kept.weights.extend(weights)
+            for values, so_far in (
+                (self._weights.get(layer, ()), kept.weights),
+                (self._norms.get(layer, ()), kept.norms),
+            ):
+                if len(values) == len(ids) and len(so_far) == len(kept.experts):
+                    so_far.extend(values)
             kept.experts.extend(ids)
         self.begin()
 
@@ -138,7 +149,8 @@ class Watch:
                 what = self._known[name]
             except KeyError:
                 match = _NODE.fullmatch(name)
-                what = None if match is None else (_CHOICE if match[1] else _WEIGHTS, int(match[2]))
+                kind = "" if match is None else match[1].decode()
+                what = (kind, int(match[2])) if match is not None and kind in self._kinds else None
                 self._known[name] = what
             if ask:
                 return what is not None
@@ -157,7 +169,11 @@ class Watch:
             # some architectures route twice in a layer; the second time groups of the same experts
             if layer not in self._batch:
                 self._batch[layer] = int(tensor.ne[0]), self._ids(tensor, pointer)
-        elif layer in self._batch:
+        elif layer not in self._batch:
+            return
+        elif kind == _OUTPUT:
+            self._norms[layer] = self._norms_of(tensor, pointer)
+        else:
             floats = array("f")
             if tensor.type == _F32 and (n_bytes := self._n_bytes(pointer)) == 4 * len(self._batch[layer][1]):
                 floats.frombytes(self._read(pointer, n_bytes))
@@ -189,6 +205,21 @@ class Watch:
         for at in range(0, n_tokens * stride, stride):
             ids.extend(data[at : at + n_used])
         return ids
+
+    def _norms_of(self, tensor: _Tensor, pointer: int) -> array[float]:
+        """Norms of the experts' outputs, float32[n_tokens, n_used], of a tensor float32[n_tokens, n_used, n_embd].
+
+        Raises:
+            TypeError: no such tensor.
+        """
+        import numpy as np
+
+        n_embd, n_used, n_tokens = int(tensor.ne[0]), int(tensor.ne[1]), int(tensor.ne[2])
+        data = np.empty((n_tokens, n_used, n_embd), np.float32)
+        if tensor.type != _F32 or tensor.ne[3] != 1 or self._n_bytes(pointer) != data.nbytes:
+            raise TypeError(f"{tensor.name.decode(errors='replace')} is no block of float32")
+        self._get(pointer, data.ctypes.data, 0, data.nbytes)
+        return array("f", np.linalg.norm(data, axis=2).astype(np.float32).tobytes())
 
     def _read(self, pointer: int, n_bytes: int) -> bytes:
         data = ctypes.create_string_buffer(n_bytes)
