@@ -38,6 +38,7 @@ COMMANDS = {
     "convert": "convert",
     "quantize": "quantize",
     "imatrix": "imatrix",
+    "prune": "prune",
     "worker": "worker",
 }
 """In the order of `--help`: each with its module, which has a function of the same name."""
