@@ -261,15 +261,15 @@ def _kept_profile(task: Task) -> tuple[dict[int, Saliency], str, str] | None:
 
 
 def _run(task: Task) -> tuple[dict[int, Saliency], str, str]:
-    """The model run over the text, with the routers and the experts' outputs watched; also names and hash of the text."""
+    """The model run over the text, routers and experts' outputs watched; also names and hash of the text."""
     from moelocal.build.saliency import calibrate
-    from moelocal.cli.experts import Analysis, _passages
     from moelocal.cli.opening import LoadingBar, open_model
     from moelocal.cli.screen import quiet_keys
+    from moelocal.cli.texts import passages
     from moelocal.engine.watch import Watch
 
-    passages = _passages(Analysis(text=task.pruning.text))
-    sha256 = hashlib.sha256("\n".join(one.text for one in passages).encode()).hexdigest()
+    texts = passages(task.pruning.text)
+    sha256 = hashlib.sha256("\n".join(one.text for one in texts).encode()).hexdigest()
     n_ctx = min(_N_CTX, task.placement.ctx or _N_CTX, task.source.facts.n_ctx_train or _N_CTX)
     watch = Watch(outputs=True)
     n_experts = dict.fromkeys(task.source.experts.layers, task.source.experts.n_experts)
@@ -277,9 +277,9 @@ def _run(task: Task) -> tuple[dict[int, Saliency], str, str]:
         task.source.reference, replace(task.placement, ctx=n_ctx), task.verbose, raw=True, one_shot=True, watch=watch
     )
     with opened.session as session, quiet_keys(), LoadingBar("Running the text", silent=task.verbose) as bar:
-        texts = [session.tokenize(one.text, special=task.pruning.parse_special) for one in passages]
-        seen = calibrate(session, watch, texts, n_experts, bar.update)
-    names = ", ".join(one.name for one in passages)
+        tokens = [session.tokenize(one.text, special=task.pruning.parse_special) for one in texts]
+        seen = calibrate(session, watch, tokens, n_experts, bar.update)
+    names = ", ".join(one.name for one in texts)
     return seen, f"{max(one.n_tokens for one in seen.values()):,} tokens of {names}", sha256
 
 
