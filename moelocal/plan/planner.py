@@ -201,6 +201,9 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
     if request.kv_type and not facts.fits_kv_type(request.kv_type):
         raise BadRequest(f"{facts.name} cannot keep its KV cache as {request.kv_type}.", "Leave --kv-type out.")
     here, turn = bounded(machine, request), turn_of(request)
+    if request.n_outputs > 1:  # llama.cpp keeps their logits in RAM, beside what it computes with
+        logits_bytes = 4 * request.n_outputs * facts.n_vocab
+        here = replace(here, ram_free_bytes=max(0, here.ram_free_bytes - logits_bytes))
     try:
         best = _grown(facts, here, request, turn, _chosen(facts, here, request, turn, history))
     except OutOfMemory:

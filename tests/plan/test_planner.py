@@ -218,3 +218,11 @@ def test_json_has_exactly_the_keys_of_the_contract(qwen: ModelFacts) -> None:
     assert all(list(one) == ["change", "decode_per_s", "total_bytes"] for one in document["alternatives"])
     assert any("instead of Q4_K_M" in one["change"] for one in document["alternatives"])
     assert any("KV cache q8_0" in one["change"] for one in document["alternatives"])
+
+
+def test_logits_that_are_kept_take_ram(qwen: ModelFacts) -> None:
+    one, many = (
+        make_plan(qwen, machine(28 * GIB), PlanRequest(n_ctx=4096, n_ubatch=512, n_outputs=n)) for n in (1, 256)
+    )
+    budgets = [next(use.budget_bytes for use in plan.per_device if use.name == CPU) for plan in (one, many)]
+    assert budgets[0] - budgets[1] == 256 * qwen.n_vocab * 4
