@@ -158,9 +158,8 @@ def test_the_formats(run: Run, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(run(*SHORT, "--csv").stdout)))
     assert [one["test"] for one in rows] == ["pp32", "tg8"] and float(rows[0]["median"]) > 0
     text = run(*SHORT, "--markdown").stdout.splitlines()
-    assert (
-        "llama-cpp-python" in text[0] and text[2].startswith("demo: llama") and any("| pp32 |" in line for line in text)
-    )
+    assert "llama-cpp-python" in text[0] and "; demo: llama" in text[0]  # machine, build and model on one line
+    assert any("| pp32 |" in line for line in text)
     picture = tmp_path / "chart.svg"
     assert run(*SHORT, "--svg", str(picture)).returncode == 0
     words = "".join(ET.parse(picture).getroot().itertext())
