@@ -44,8 +44,7 @@ class Worker:
         self._ended.set()
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        self._signal = signum
-        self._ended.set()
+        self._signal = signum  # no more: an Event that the main thread is waiting for would lock itself up
 
     def wait_until_ready(self) -> None:
         """Returns once it accepts connections.
@@ -55,7 +54,7 @@ class Worker:
         """
         target = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         deadline = time.monotonic() + _START_S
-        while not self._ended.is_set() and time.monotonic() < deadline:
+        while not (self._signal or self._ended.is_set()) and time.monotonic() < deadline:
             try:
                 socket.create_connection((target, self.port), 1.0).close()
                 return
@@ -70,7 +69,7 @@ class Worker:
         Raises:
             MoelocalError: the server ended by itself.
         """
-        while not self._ended.wait(0.5):  # with a time limit, as a wait without one holds signals back on Windows
+        while not self._signal and not self._ended.wait(0.1):  # a wait without a limit holds signals back on Windows
             pass
         if not self._signal:
             raise self._failure or self._stopped()
