@@ -168,27 +168,29 @@ def run(command: Sequence[Any], poll_memory: bool = False) -> Ran:
 
 def _poll_tree(pid: int, peaks: list[int]) -> None:
     """Keeps the largest sum of proportional set sizes of a process and its descendants, until it is gone."""
-    while (n_bytes := sum(map(_pss, _tree(pid)))) > 0:
+    while (n_bytes := sum(map(pss_bytes, tree(pid)))) > 0:
         peaks[0] = max(peaks[0], n_bytes)
         time.sleep(0.02)
 
 
-def _tree(pid: int) -> Iterator[int]:
+def tree(pid: int) -> Iterator[int]:
+    """A process and all below it."""
     yield pid
     try:
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
             for child in children.read_text().split():
-                yield from _tree(int(child))
+                yield from tree(int(child))
     except OSError:
         return
 
 
-def _pss(pid: int) -> int:
+def pss_bytes(pid: int, which: str = "Pss") -> int:
+    """Proportional set size of a process; `Pss_Anon`: without mapped files. 0: it is gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
 
 def _cpu_seconds() -> tuple[float, float, float]:

@@ -233,6 +233,17 @@ SHARES: dict[Callable[[random.Random], Pair], float] = {
 }
 
 
+def closed_questions(n: int) -> list[Pair]:
+    """Different questions that have one answer each: sums, capitals, opposites, translations, symbols, in turn; always
+    the same ones."""
+    rng, kinds = random.Random(40), (arithmetic, capital, opposite, translation, element)
+    chosen: dict[str, str] = {}
+    while len(chosen) < n:
+        question, answer = kinds[len(chosen) % len(kinds)](rng)
+        chosen[question] = answer
+    return list(chosen.items())
+
+
 def question_and_answer(rng: random.Random) -> Pair:
     """One question with its answer, of a kind drawn by SHARES."""
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]

@@ -13,8 +13,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 N_TOKENS = 48
@@ -48,7 +49,7 @@ class Family(NamedTuple):
     tokenizer: str
     config: dict[str, Any]
     is_without_mtp: bool = False
-    published: dict[str, Any] = {}  # noqa: RUF012
+    published: Mapping[str, Any] = MappingProxyType({})
     tokens: tuple[str, ...] = ()  # added to the tokenizer: the converter asks for them
 
 
@@ -240,7 +241,7 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
     model.save_pretrained(folder)
     if family.published:
         saved = folder / "config.json"
-        saved.write_text(json.dumps(json.loads(saved.read_text()) | family.published))
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | dict(family.published)))
 
 
 def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import demo_questions as source_of_questions  # type: ignore[import-not-found]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moelocal.engine.conversation import prompt_tokens, reply
 from moelocal.engine.prompt import Message, make_prompter
@@ -26,6 +25,7 @@ from moelocal.engine.sampling import with_advice
 from moelocal.engine.session import load
 from moelocal.model.header import read_header
 from moelocal.plan.planner import Plan
+from scripts.demo_questions import closed_questions
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "moelocal" / "model" / "demo" / "demo.txt"
@@ -42,17 +42,6 @@ class Score(NamedTuple):
     n_bytes: int
 
 
-def questions() -> list[tuple[str, str]]:
-    """Different questions that have one answer each; those of tests/engine/test_demo.py."""
-    rng, one = random.Random(40), source_of_questions
-    kinds = (one.arithmetic, one.capital, one.opposite, one.translation, one.element)
-    chosen: dict[str, str] = {}
-    while len(chosen) < N_QUESTIONS:
-        question, answer = kinds[len(chosen) % len(kinds)](rng)
-        chosen[question] = answer
-    return list(chosen.items())
-
-
 def n_right(model: Path) -> int:
     """How many of the questions a model answers as it was taught."""
     plan = Plan(n_ctx=1024, kv_type="f16", n_ubatch=64, threads=1, n_gpu_layers=0, repack=False, load_mode="mmap")
@@ -60,7 +49,7 @@ def n_right(model: Path) -> int:
     prompter = make_prompter(session.header.metadata, False, session.token_text)
     sampling = with_advice({}, session.header.metadata)
     right = 0
-    for question, expected in questions():
+    for question, expected in closed_questions(N_QUESTIONS):
         prompt = prompt_tokens(session, prompter, [Message("user", question)])
         right += expected == "".join(delta.text for delta in reply(session, prompter, prompt, sampling))
     session.close()

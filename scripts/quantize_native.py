@@ -24,15 +24,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelocal.build.types import TYPES
-from moelocal.engine import llama
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from moelocal.build.types import TYPES
+from moelocal.engine import llama
+from scripts.bench_native import pss_bytes, tree
+
 DEMO = ROOT / "moelocal" / "model" / "demo" / "demo.gguf"
 HASHES = ROOT / "tests" / "data" / "quantize_native.json"
 MB = 1_000_000
@@ -91,30 +93,11 @@ def run(command: Sequence[str]) -> Side:
 def _poll(pid: int, peaks: list[int]) -> None:
     """Keeps the largest sum of private memory of a process and its descendants, until it is gone."""
     while True:
-        found = [_private(one) for one in _tree(pid)]
+        found = [pss_bytes(one, "Pss_Anon") for one in tree(pid)]
         if not any(found):
             return
         peaks[0] = max(peaks[0], sum(found))
         time.sleep(0.05)
-
-
-def _tree(pid: int) -> Iterator[int]:
-    yield pid
-    try:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                yield from _tree(int(child))
-    except OSError:
-        return
-
-
-def _private(pid: int) -> int:
-    """Proportional set size of what a process has in memory of its own, without mapped files; 0: it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def compare(setup: Setup, kind: str, n_pairs: int) -> dict[str, Any]:

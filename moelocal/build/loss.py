@@ -13,6 +13,7 @@ arXiv 2411.17525): KL = sum of sensitivity * error. How the sensitivities were m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -58,10 +59,8 @@ def candidates(tensor: TensorInfo, is_weighted: bool) -> list[int]:
 
 def type_bytes(tensor: TensorInfo, ggml_type: int) -> int:
     """What a tensor takes in a file in a type, with the padding behind it."""
-    kind, n_values = GGML_TYPES[ggml_type], 1
-    for extent in tensor.shape:
-        n_values *= extent
-    return -(-(n_values // kind.block_size * kind.type_bytes) // 32) * 32
+    kind = GGML_TYPES[ggml_type]
+    return -(-(math.prod(tensor.shape) // kind.block_size * kind.type_bytes) // 32) * 32
 
 
 def sensitivity(name: str) -> float:

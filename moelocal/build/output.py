@@ -1,6 +1,6 @@
 """Where a file made here goes, and how it gets there: whole or not at all.
 
-with writing(path, need_bytes=4 * GB) as part:
+with writing(path, need_bytes=4 << 30) as part:
     ...                                     # write to `part`
 # `path` is there, whole and on the disk; or, after an error or Ctrl-C, nothing is
 """
@@ -111,18 +111,6 @@ def check_free(path: Path, replace: bool) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-
-
-def check_name(path: Path, replace: bool) -> None:
-    """Whether a file may be written there.
-
-    Raises:
-        BadRequest: it is a folder, or exists and may not be replaced.
-    """
-    if path.is_dir():
-        raise BadRequest(f"{path} is a folder.", f"Name a file in it: {path / 'model.gguf'}")
-    if path.exists() and not replace:
-        raise BadRequest(f"{path} exists already.", "Name another one, or allow it to be replaced: --force")
 
 
 def _remove_leftovers(path: Path) -> None:

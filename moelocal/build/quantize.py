@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,7 +94,7 @@ class TensorChange:
     @property
     def n_values(self) -> int:
         """Weights in it."""
-        return _values(self.shape)
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,15 +266,8 @@ def _changes(header: GGUFHeader, lines: Sequence[str]) -> tuple[TensorChange, ..
 
 def _change(tensor: TensorInfo, after: int, wanted: int | None) -> TensorChange:
     kind = GGML_TYPES[after]
-    n_bytes = _values(tensor.shape) // kind.block_size * kind.type_bytes
+    n_bytes = prod(tensor.shape) // kind.block_size * kind.type_bytes
     return TensorChange(tensor.name, tensor.shape, tensor.ggml_type, after, tensor.n_bytes, n_bytes, wanted)
-
-
-def _values(shape: Sequence[int]) -> int:
-    n = 1
-    for extent in shape:
-        n *= extent
-    return n
 
 
 def _file_bytes(header: GGUFHeader, changes: Sequence[TensorChange]) -> int:

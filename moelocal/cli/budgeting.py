@@ -101,12 +101,12 @@ def budgeted(job: QuantizeJob, budget: Budget, is_dry: bool, silent: bool) -> Qu
         MoelocalError: the budget is below what is possible, or makes no sense.
     """
     from moelocal.build import sized
-    from moelocal.build.output import check_name
+    from moelocal.build.output import check_free
     from moelocal.cli.messages import note
     from moelocal.units import format_bytes, parse_bytes
 
     if not is_dry:
-        check_name(job.output, job.replace)  # before the measuring, which takes a while
+        check_free(job.output, job.replace)  # before the measuring, which takes a while
     size = None if budget.size is None else parse_bytes(budget.size)
     request = budget.request()
     machine = _machine(budget, job) if budget.fit or budget.placement_aware else None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelocal.build.converter import Converter
     from moelocal.build.remote import Remote
     from moelocal.cli.convert import Conversion
+    from moelocal.cli.render_convert import Bar
 
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP) if sys.platform != "win32" else (signal.SIGTERM,)
 _LINE_S = 15.0  # between lines where no bar can be shown
@@ -321,7 +322,7 @@ class _Shown:
 
     def __init__(self, is_verbose: bool) -> None:
         self.is_verbose = is_verbose
-        self._bar: object = None
+        self._bar: Bar | None = None
         self._next_line = time.monotonic() + _LINE_S
 
     def __enter__(self) -> _Shown:
@@ -347,7 +348,6 @@ class _Shown:
 
             if self._bar is None:
                 self._bar = Bar()
-            assert isinstance(self._bar, Bar)
             self._bar.show(label, share, text)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_S
@@ -356,5 +356,5 @@ class _Shown:
     def clear(self) -> None:
         """Takes the bar off the screen."""
         if self._bar is not None:
-            self._bar.close()  # type: ignore[attr-defined]
+            self._bar.close()
             self._bar = None

@@ -23,10 +23,7 @@ _LEAST_KEPT = 256  # tokens
 class Analysis:
     """What is run, and where the picture goes."""
 
-    text: Annotated[
-        str | None,
-        opt.option("--text", "The text, UTF-8; - or a pipe: standard input. [built-in passages]", "FILE"),
-    ] = None
+    text: opt.Text = None
     compare: Annotated[
         tuple[str, str] | None, opt.option("--compare", "Two texts, and how they differ.", "FILE FILE")
     ] = None

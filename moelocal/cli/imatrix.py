@@ -30,10 +30,7 @@ _SHOWN_LAYERS = 4
 class Calibration:
     """What is run, and where the matrix goes."""
 
-    text: Annotated[
-        str | None,
-        opt.option("--text", "The text, UTF-8; - or a pipe: standard input. [built-in passages]", "FILE"),
-    ] = None
+    text: opt.Text = None
     chunks: Annotated[int | None, opt.option("--chunks", "Use only the first N chunks. [all]", "N", min=1)] = None
     output: Annotated[
         str | None, opt.option("--output", "Where the matrix goes. [where quantize finds it]", "FILE")

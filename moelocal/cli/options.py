@@ -30,6 +30,9 @@ Model = Annotated[
         metavar="MODEL", help="demo, a name from moelocal list, owner/repo[:QUANT], or the path of a .gguf file."
     ),
 ]
+Text = Annotated[
+    str | None, option("--text", "The text, UTF-8; - or a pipe: standard input. [built-in passages]", "FILE")
+]
 Described = Annotated[
     str | None,
     option(

@@ -134,14 +134,13 @@ def _check_output(output: Path, source: Source, pruning: Pruning) -> None:
     Raises:
         BadRequest: the output is there already, or is the model.
     """
+    from moelocal.build.output import check_free
+
     if pruning.dry_run:
         return
-    if output.is_dir():
-        raise BadRequest(f"{output} is a folder.", f"Name a file in it: {output / 'model.gguf'}")
     if output.exists() and any(output.samefile(path) for path in source.paths):
         raise BadRequest(f"{output} is the model itself.", "Name another file.")
-    if output.exists() and not pruning.force:
-        raise BadRequest(f"{output} exists already.", "Name another one, or allow it to be replaced: --force")
+    check_free(output, pruning.force)
 
 
 def _eval_text(name: str) -> str:

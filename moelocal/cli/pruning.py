@@ -84,7 +84,6 @@ def find(reference: str) -> Source:
 
     path = resolve(reference, note)
     header = read_header(path)
-    header = replace(header, shards=header.shards or (str(path),))
     return Source(reference, base_name(reference, path), header, read_facts(header), look(header))
 
 

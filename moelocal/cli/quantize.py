@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -326,12 +327,7 @@ def _list_types(source: str | None, as_json: bool) -> None:
         from moelocal.model.header import read_header
         from moelocal.model.store import resolve
 
-        n_values = 0
-        for tensor in read_header(resolve(source, note)).tensors:
-            values = 1
-            for extent in tensor.shape:
-                values *= extent
-            n_values += values
+        n_values = sum(prod(tensor.shape) for tensor in read_header(resolve(source, note)).tensors)
     if as_json:
         sizes = [None if n_values is None else int(n_values * kind.bits / 8) for kind in rows]
         print(json.dumps([{**kind._asdict(), "bytes": size} for kind, size in zip(rows, sizes, strict=True)]))

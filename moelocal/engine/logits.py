@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moelocal.engine.session import Session
+from moelocal.engine.session import Session, marked_batch
 
 
 class Rows(NamedTuple):
@@ -40,10 +40,8 @@ def chunk_logits(session: Session, tokens: Sequence[int], wanted: range) -> Iter
         session.cached.clear()
         for at in range(0, len(tokens), step):
             ids = tokens[at : at + step]
-            array = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to it, and to the marks
-            marks = (ctypes.c_int8 * len(ids))(*(position in wanted for position in range(at, at + len(ids))))
-            batch = low.llama_batch_get_one(array, len(ids))
-            batch.logits = ctypes.cast(marks, ctypes.POINTER(ctypes.c_int8))
+            marks = [position in wanted for position in range(at, at + len(ids))]
+            batch, _held = marked_batch(low, ids, marks)
             session._decode(batch, ids)
             n = sum(marks)
             if n:

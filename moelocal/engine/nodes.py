@@ -14,6 +14,7 @@ first, then shown with its data), ggml/include/ggml.h `struct ggml_tensor`.
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ class Tensor(ctypes.Structure):
 NAME_AT, OP_AT = Tensor.name.offset, Tensor.op.offset
 
 
-class NodeReader:
+class NodeReader(ABC):
     """Reads some nodes of every batch. Give it to `session.load`; one session has at most one."""
 
     n_batch = _N_BATCH
@@ -71,6 +72,7 @@ class NodeReader:
         self._name = abi.declare(low, "ggml_get_name", [ctypes.c_void_p], ctypes.c_char_p)
         return low.ggml_backend_sched_eval_callback(self._on_node)
 
+    @abstractmethod
     def begin(self) -> None:
         """Before a batch: what an unfinished one left is dropped."""
 
@@ -91,13 +93,13 @@ class NodeReader:
             (f"{type(failure).__name__}: {failure}",),
         ) from failure
 
+    @abstractmethod
     def _wants(self, pointer: int) -> bool:
         """Whether to be shown a node, by its address."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, pointer: int) -> None:
         """Reads a node that was wanted, now computed."""
-        raise NotImplementedError
 
     def _on_node(self, pointer: int, ask: bool, _: Any) -> bool:
         """llama.cpp's callback. An exception must not cross into C, where it would be lost: it is told by `commit`."""
@@ -141,6 +143,8 @@ def route(session: Session, reader: NodeReader, tokens: Sequence[int]) -> Iterat
         KeyboardInterrupt: Ctrl-C; the reader has the finished batches.
         MoelocalError: llama.cpp failed, with its last words; the nodes could not be read.
     """
+    from moelocal.engine.session import marked_batch
+
     low, interrupt = session._low, session._interrupt
     step = min(session.plan.n_ubatch, session.plan.n_outputs, session.n_ctx)
     with interrupt:
@@ -149,10 +153,7 @@ def route(session: Session, reader: NodeReader, tokens: Sequence[int]) -> Iterat
         session.cached.clear()
         for at in range(0, len(tokens), step):
             ids = tokens[at : at + step]
-            array_ = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to it, and to the marks
-            marks = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
-            batch = low.llama_batch_get_one(array_, len(ids))
-            batch.logits = ctypes.cast(marks, ctypes.POINTER(ctypes.c_int8))
+            batch, _held = marked_batch(low, ids, [True] * len(ids))
             reader.begin()
             session._decode(batch, ids)
             low.llama_synchronize(session._context)

@@ -370,6 +370,15 @@ class Session(Vocabulary):
         self.close()
 
 
+def marked_batch(low: Any, ids: Sequence[int], marks: Sequence[bool]) -> tuple[Any, Any]:
+    """A batch of tokens of which the marked ones give logits; and what it points to, to be held while it is used."""
+    array = (ctypes.c_int32 * len(ids))(*ids)
+    flags = (ctypes.c_int8 * len(ids))(*marks)
+    batch = low.llama_batch_get_one(array, len(ids))
+    batch.logits = ctypes.cast(flags, ctypes.POINTER(ctypes.c_int8))
+    return batch, (array, flags)
+
+
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     n = 0

@@ -149,6 +149,7 @@ def test_a_terminal_does_not_echo_into_the_bar(monkeypatch: pytest.MonkeyPatch) 
     from contextlib import contextmanager
 
     from moelocal.cli import evaluating, render_eval
+    from moelocal.measure.checkpoint import State
     from moelocal.measure.perplexity import Layout
 
     events: list[str] = []
@@ -164,7 +165,7 @@ def test_a_terminal_does_not_echo_into_the_bar(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(evaluating, "is_dumb", lambda: False)
     monkeypatch.setattr(render_eval, "Bar", lambda *_: bar)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
-    with evaluating._progress(Layout(512, 3), SimpleNamespace(n_done=0), verbose=False):  # type: ignore[arg-type]
+    with evaluating._progress(Layout(512, 3), State(), verbose=False):
         pass
     assert events == ["quiet", "closed", "loud"]
 

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 from moelocal.engine.conversation import prompt_tokens, reply
 from moelocal.engine.prompt import Message, make_prompter
 from moelocal.engine.sampling import with_advice
-from tests.conftest import DEMO, script
-
-
-def closed_questions(n: int) -> list[tuple[str, str]]:
-    """Different questions that have one answer each: sums, capitals, opposites, translations, symbols, in turn."""
-    source, rng = script("demo_questions"), random.Random(40)
-    kinds = (source.arithmetic, source.capital, source.opposite, source.translation, source.element)
-    chosen: dict[str, str] = {}
-    while len(chosen) < n:
-        question, answer = kinds[len(chosen) % len(kinds)](rng)
-        chosen[question] = answer
-    return list(chosen.items())
+from scripts.demo_questions import closed_questions
+from tests.conftest import DEMO
 
 
 def test_forty_questions_in_one_session(open_session: Callable[..., Any]) -> None:

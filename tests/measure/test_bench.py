@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from moelocal.machine.described import parse_machine
 from moelocal.measure.bench import BenchTest, Samples, is_falling, outliers
 from moelocal.measure.bench_rows import Earlier, Kept, Row, Setting, compare
 from moelocal.paths import user_home
@@ -202,7 +203,7 @@ def test_the_picture_comes_last(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(render_bench, "chart", full)
     with pytest.raises(MoelocalError):
-        render_bench.show([], None, output, as_json=False)  # type: ignore[arg-type]
+        render_bench.show([], parse_machine("ram=8GiB"), output, as_json=False)
     assert shown == ["table"]
 
 
@@ -218,14 +219,15 @@ def test_the_table_fits_the_window(width: int, monkeypatch: pytest.MonkeyPatch, 
     from rich.console import Console
 
     from moelocal.cli import render_bench
-    from moelocal.cli.bench import Result
+    from moelocal.cli.bench import Result, subject_of
 
     monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
     monkeypatch.setenv("COLUMNS", str(width))
     slow = Setting(1, 1, 512, True, "f16", {"CPU": [0, 1]})
     earlier = compare([100.0] * 3, Earlier("2026-01-01", "0.3", (200.0,) * 3))
     deep = BenchTest(512, 0, 4096)
-    results = [Result(row(80.0, 100.0, 120.0, test=deep, setting=its), None, earlier) for its in (slow, SETTING)]  # type: ignore[arg-type]
+    demo = subject_of("demo")
+    results = [Result(row(80.0, 100.0, 120.0, test=deep, setting=its), demo, earlier) for its in (slow, SETTING)]
     render_bench._print_table(results, compares=True)
     page = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(map(len, page.splitlines())) <= width
