@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _N_CTX = 512  # llama-imatrix's own
 _FEW_CHUNKS = 50
 _SHOWN_LAYERS = 4
+_UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,8 @@ def _tell(model: str, path: Path, made: Imatrix, step: Step) -> None:
     """What was made, how good it is, and what to do with it."""
     from moelocal.build.imatrix import unseen
     from moelocal.cli.messages import dim, note, program
+    from moelocal.model.facts import read_facts
+    from moelocal.model.header import read_header
 
     last = f"; the last one changed the means by {step.change:.1%}" if made.n_chunks > 1 else ""
     dim(f"{len(made.entries):,} tensors, {made.n_chunks:,} chunks of {made.chunk_size:,} tokens{last}.")
@@ -192,11 +196,12 @@ def _tell(model: str, path: Path, made: Imatrix, step: Step) -> None:
         n = sum(map(len, missing.values()))
         shown = "; ".join(f"layer {layer}: {_listed(ids)}" for layer, ids in list(missing.items())[:_SHOWN_LAYERS])
         more = f" and {len(missing) - _SHOWN_LAYERS} more layers" if len(missing) > _SHOWN_LAYERS else ""
-        were = "expert was" if n == 1 else "experts were"
-        note(f"{n:,} {were} never chosen ({shown}{more}); their weights will all count alike.")
+        one = "expert was never chosen ({}); all of its" if n == 1 else "experts were never chosen ({}); all of their"
+        note(f"{n:,} {one.format(shown + more)} weights will count alike.")
     if made.n_chunks < _FEW_CHUNKS:
         note("That is a short text: 100 chunks and more, of what the model is used for, make a better matrix.")
-    dim(f"Use it: {program()} quantize {model if model != 'demo' else path.name} --type Q4_K_M")
+    again = "" if read_facts(read_header(path)).quant in _UNQUANTIZED else " --requantize"
+    dim(f"Use it: {program()} quantize {shlex.quote(model)} --type Q4_K_M{again}")
 
 
 def _listed(ids: list[int]) -> str:

@@ -153,7 +153,7 @@ def _sort_words(out: str | None, last: str | None, typed: str | None, budget: Bu
     Raises:
         BadRequest: there is no type, or there are two, or one and a budget.
     """
-    from moelocal.build.types import find_type
+    from moelocal.build.types import find_type, quant_type
 
     if out is not None and typed is None and find_type(out) and not (last and find_type(last)):
         out, last = last, out
@@ -164,6 +164,8 @@ def _sort_words(out: str | None, last: str | None, typed: str | None, budget: Bu
     if budget.is_set:
         return out, _ANY
     if last is None and typed is None:
+        if out is not None and "/" not in out and not out.endswith(".gguf"):
+            quant_type(out)  # a type with a typo, rather than a name without a type
         raise BadRequest(
             "There is no type to quantize to.",
             "Such as: --type Q4_K_M, or --size 4GiB; all types: moelocal quantize --list-types",

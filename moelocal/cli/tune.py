@@ -89,7 +89,7 @@ class _Live:
             self._line = status_line()
         left = max(0, round(self._seconds - (time.monotonic() - self._start)))
         what = _words(change) if change else "the best against the planner's choice"
-        self._line(f"  measuring {what}, {n_done // 2 + 1}. pair; at most {left // 60}:{left % 60:02d} left")
+        self._line(f"  {left // 60}:{left % 60:02d} left at most; measuring {what}, pair {n_done // 2 + 1}")
 
     def clear(self) -> None:
         """Takes the line off the screen, for others to write there."""

@@ -177,3 +177,7 @@ def test_a_file_within_a_size(home: Path) -> None:
     assert answer.stdout == "The capital of France is Paris.\n"
     refused(run(*QUANTIZE, "--size", "7MiB"), 2, "exists already", "--force")
     refused(run(*QUANTIZE, "--size", "1MiB", "--dry-run"), 2, "the smallest file of this model takes", "--size")
+
+
+def test_a_type_with_a_typo_is_no_name_of_a_file() -> None:
+    refused(run("quantize", "demo", "Q4_KM"), 2, "no quantization 'Q4_KM'", "Q4_K_M")
