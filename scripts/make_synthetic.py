@@ -8,7 +8,8 @@ Routers of random weights use all experts alike, which no trained model does. Wi
 more, in each layer others: the logits of a router get a constant for each expert, of that standard deviation (the rest
 of them has 1). Of 128 experts, 8 used, a cache of 40 % then hits in nine of ten cases, as with Qwen3-30B-A3B's own.
 
-usage: python scripts/make_synthetic.py GEOMETRY OUT.gguf [--seed N] [--skew S] [--dry-run]     (`list` names GEOMETRY)
+usage: python scripts/make_synthetic.py GEOMETRY OUT.gguf [--layers N] [--seed N] [--skew S] [--dry-run]
+       (`list` names each GEOMETRY)
 """
 
 from __future__ import annotations
@@ -112,6 +113,10 @@ GEOMETRIES: dict[str, Geometry] = {
     "qwen3moe-400m": Geometry(
         "qwen3moe", 12, 1024, 16, 4, 64, 32768, 8192, "Q4_K_M", n_ff=2048, n_ff_exp=512, n_expert=32,
         n_expert_used=4, rope_base=1e6,
+    ),
+    "gpt-oss-20b": Geometry(
+        "gpt-oss", 24, 2880, 64, 8, 64, 201088, 131072, "MXFP4", n_ff_exp=2880, n_expert=32, n_expert_used=4,
+        rope_base=150000.0, extra={"attention.sliding_window": 128},
     ),
     "tiny-qwen3moe": Geometry(
         "qwen3moe", 4, 256, 4, 2, 64, 600, 4096, "Q4_K_M", n_ff=512, n_ff_exp=256, n_expert=10, n_expert_used=2,
@@ -447,13 +452,23 @@ def add_metadata(writer: GGUFWriter, name: str, g: Geometry) -> None:
             adders[type(value)](f"{g.arch}.{key}", value)
 
 
-def write_model(geometry: str, path: Path, seed: int = 0, skew: float = 0.0) -> None:
-    """Writes the geometry of that name to `path`, the same bytes for the same seed.
+def chosen(geometry: str, skew: float = 0.0, n_layer: int | None = None) -> Geometry:
+    """The geometry of that name, with only its first layers if `n_layer` is given.
 
     Raises:
         KeyError: no such geometry.
     """
-    g = replace(GEOMETRIES[geometry], skew=skew)
+    g = GEOMETRIES[geometry]
+    return replace(g, skew=skew, n_layer=g.n_layer if n_layer is None else min(n_layer, g.n_layer))
+
+
+def write_model(geometry: str, path: Path, seed: int = 0, skew: float = 0.0, n_layer: int | None = None) -> None:
+    """Writes that geometry (see `chosen`) to `path`, the same bytes for the same seed.
+
+    Raises:
+        KeyError: no such geometry.
+    """
+    g = chosen(geometry, skew, n_layer)
     todo = tensors(g)
     writer = GGUFWriter(path, g.arch)
     add_metadata(writer, geometry, g)
@@ -479,18 +494,19 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skew", type=float, default=0.0, help="how much some experts are liked more: 1 as in Qwen3")
+    parser.add_argument("--layers", type=int, help="only the first of them: as fast per layer, in less room")
     parser.add_argument("--dry-run", action="store_true", help="only compute the size")
     args = parser.parse_args()
     names = list(GEOMETRIES) if args.geometry == "list" else [args.geometry]
     for name in names:
-        todo = tensors(replace(GEOMETRIES[name], skew=args.skew))
+        todo = tensors(chosen(name, args.skew, args.layers))
         n_bytes, n_params = sum(t.n_bytes for t in todo), sum(math.prod(t.shape) for t in todo)
         print(f"{name:22} {n_bytes / 1e9:7.3f} GB of tensors, {n_params / 1e9:7.3f} billion weights")
     if args.geometry == "list" or args.dry_run:
         return 0
     if args.out is None:
         parser.error("OUT.gguf is missing")
-    write_model(args.geometry, args.out, args.seed, args.skew)
+    write_model(args.geometry, args.out, args.seed, args.skew, args.layers)
     return 0
 
 
