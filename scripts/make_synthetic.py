@@ -4,9 +4,11 @@ Speed and memory of a model depend on its shapes and types, not on what it learn
 types and metadata that a real one would have; the weights are random, scaled so that a forward pass stays finite;
 the tokenizer is a byte-level BPE with made-up merges, which reads any text and prints readable nonsense.
 
-Routers of random weights use all experts alike, which no trained model does. With `--skew 1` some experts are liked
-more, in each layer others: the logits of a router get a constant for each expert, of that standard deviation (the rest
-of them has 1). Of 128 experts, 8 used, a cache of 40 % then hits in nine of ten cases, as with Qwen3-30B-A3B's own.
+Random weights make tokens alike, so that routers choose the same few experts again and again. With `--skew 0` each
+token's own embedding decides, and all experts are used alike, which no trained model does: the worst case for a cache.
+With `--skew 1` some experts are liked more, in each layer others: the logits of a router get a constant for each
+expert, of that standard deviation (the rest of them has 1). Of 128 experts, 8 used, a cache of 40 % then hits in nine of
+ten cases, as with Qwen3-30B-A3B's own.
 
 usage: python scripts/make_synthetic.py GEOMETRY OUT.gguf [--layers N] [--seed N] [--skew S] [--dry-run]
        (`list` names each GEOMETRY)
@@ -66,7 +68,7 @@ class Geometry:
     n_dense_lead: int = 0
     fused_gate_up: bool = False
     rope_base: float = 10000.0
-    skew: float = 0.0
+    skew: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def heads_kv(self, layer: int) -> int:
@@ -250,7 +252,7 @@ def tensor_type(g: Geometry, name: str, shape: tuple[int, ...], layer: int) -> T
         return Type.F32
     if g.mix == "F16":
         return Type.F16
-    if g.skew and name == "token_embd.weight":
+    if g.skew is not None and name == "token_embd.weight":
         return Type.Q8_0
     if g.mix == "MXFP4":
         return Type.MXFP4 if "_exps" in name else Type.Q8_0
@@ -317,7 +319,7 @@ class Weights:
     So 18 GB cost little more than writing them, in memory for a few pools.
     """
 
-    def __init__(self, seed: int, skew: float = 0.0) -> None:
+    def __init__(self, seed: int, skew: float | None = None) -> None:
         self.skew = skew
         self.rng = np.random.default_rng(seed)
         self.pool = lru_cache(maxsize=8)(self._pool)
@@ -330,14 +332,14 @@ class Weights:
         if "norm" in tensor.name:
             out.write((1 + 0.1 * self.rng.standard_normal(tensor.shape[0])).astype(np.float32).tobytes())
             return
-        if self.skew and tensor.name == "token_embd.weight":
+        if self.skew is not None and tensor.name == "token_embd.weight":
             out.write(self._embedding(tensor).data)
             return
-        if self.skew and tensor.name.endswith("ffn_gate_inp.weight"):
+        if self.skew is not None and tensor.name.endswith("ffn_gate_inp.weight"):
             out.write(self._router(tensor).data)
             return
         std = weight_std(tensor)
-        if self.skew and re.search("attn_output|ffn_down", tensor.name):
+        if self.skew is not None and re.search("attn_output|ffn_down", tensor.name):
             std *= ADDED
         pool = self.pool(tensor.type, std)
         left = tensor.n_bytes // pool.shape[1]
@@ -364,7 +366,7 @@ class Weights:
         n_embd, n_expert = tensor.shape
         rows: np.ndarray[Any, Any] = self.rng.standard_normal((n_expert, n_embd), np.float32) * np.float32(n_embd**-0.5)
         seen = CONSTANT / math.sqrt(EMBEDDED_STD**2 + CONSTANT**2 / n_embd)
-        rows[:, 0] = self.skew * self.rng.standard_normal(n_expert) / seen
+        rows[:, 0] = (self.skew or 0.0) * self.rng.standard_normal(n_expert) / seen
         return rows
 
 
@@ -452,7 +454,7 @@ def add_metadata(writer: GGUFWriter, name: str, g: Geometry) -> None:
             adders[type(value)](f"{g.arch}.{key}", value)
 
 
-def chosen(geometry: str, skew: float = 0.0, n_layer: int | None = None) -> Geometry:
+def chosen(geometry: str, skew: float | None = None, n_layer: int | None = None) -> Geometry:
     """The geometry of that name, with only its first layers if `n_layer` is given.
 
     Raises:
@@ -462,7 +464,9 @@ def chosen(geometry: str, skew: float = 0.0, n_layer: int | None = None) -> Geom
     return replace(g, skew=skew, n_layer=g.n_layer if n_layer is None else min(n_layer, g.n_layer))
 
 
-def write_model(geometry: str, path: Path, seed: int = 0, skew: float = 0.0, n_layer: int | None = None) -> None:
+def write_model(
+    geometry: str, path: Path, seed: int = 0, skew: float | None = None, n_layer: int | None = None
+) -> None:
     """Writes that geometry (see `chosen`) to `path`, the same bytes for the same seed.
 
     Raises:
@@ -493,7 +497,7 @@ def main() -> int:
     parser.add_argument("geometry", choices=[*GEOMETRIES, "list"])
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skew", type=float, default=0.0, help="how much some experts are liked more: 1 as in Qwen3")
+    parser.add_argument("--skew", type=float, help="how much some experts are liked more: 1 as in Qwen3, 0 not at all")
     parser.add_argument("--layers", type=int, help="only the first of them: as fast per layer, in less room")
     parser.add_argument("--dry-run", action="store_true", help="only compute the size")
     args = parser.parse_args()

@@ -5,20 +5,20 @@ llama.cpp allocates its buffers, then reports progress for the first time, then 
 a thread here asks the kernel for the pages, in order, a piece at a time. Their contents are not touched. Pages of 2 MiB
 save the processor address translations in every token; some virtual machines take longer to find them.
 
-Source: madvise(2), MADV_HUGEPAGE and MADV_POPULATE_WRITE (Linux 5.14); a kernel that refuses costs nothing.
+Source: madvise(2), MADV_HUGEPAGE and MADVPOPULATE_WRITE (Linux 5.14); a kernel that refuses costs nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moelocal.engine.libc import HUGE_PAGE, POPULATE_WRITE, libc
+
 Progress = Callable[[float], bool]
-_HUGE_PAGE, _POPULATE_WRITE = 14, 23
 _LEAST_BYTES = 32 << 20
 _PIECE_BYTES = 8 << 20
 
@@ -66,11 +66,10 @@ def _mappings() -> set[tuple[int, int]]:
 
 
 def _populate(mappings: list[tuple[int, int]], huge: bool, ended: threading.Event) -> None:
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    madvise = libc().madvise
     for start, n_bytes in mappings:
         if huge:
-            madvise(start, n_bytes, _HUGE_PAGE)
+            madvise(start, n_bytes, HUGE_PAGE)
         for offset in range(0, n_bytes, _PIECE_BYTES):
-            if ended.is_set() or madvise(start + offset, min(_PIECE_BYTES, n_bytes - offset), _POPULATE_WRITE):
+            if ended.is_set() or madvise(start + offset, min(_PIECE_BYTES, n_bytes - offset), POPULATE_WRITE):
                 return

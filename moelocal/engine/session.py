@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelocal.engine import llama
+from moelocal.engine import llama, mapped
 from moelocal.engine.allocation import allocated, logged_buffers, report_differences
 from moelocal.engine.interrupt import Interrupt
 from moelocal.engine.prefault import prefaulting
@@ -28,6 +28,7 @@ from moelocal.plan.planner import MemoryUse, Plan
 
 if TYPE_CHECKING:
     from moelocal.engine.nodes import NodeReader
+    from moelocal.engine.residency import Residency
 
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _CHECKPOINT_BACK = 16  # tokens before the prompt's end: before the template's own opening of the answer
@@ -66,10 +67,16 @@ def load(
             if plan.disk_bytes == 0 and plan.load_mode == "mmap":
                 warm(paths, on_progress)
             is_copied = plan.repack or plan.load_mode == "none"
-            with prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied, not one_shot) as on_tensor:
+            is_lazy = plan.disk_bytes > 0 and plan.load_mode == "mmap"
+            with (
+                mapped.lazily(llama.api()._lib._name, is_lazy),
+                prefaulting(lambda fraction: on_progress(fraction, 1.0), is_copied, not one_shot) as on_tensor,
+            ):
                 model = llama.open_model(paths, plan, flags_of_plan(plan, header), on_tensor)
         session = Session(model, header, plan, interrupt, time.perf_counter() - start, not one_shot)
         session.watch = watch
+        if is_lazy and watch is None:
+            session.stream_experts(paths)
     except BaseException:
         interrupt.close()
         raise
@@ -96,6 +103,7 @@ class Session(Vocabulary):
         self.allocated: tuple[MemoryUse, ...] = ()  # per device, once the context is made
         self.timings: Timings | None = None  # of the last answer, an interrupted one too
         self.watch: NodeReader | None = None  # takes effect when the context is made
+        self.residency: Residency | None = None  # of a model larger than RAM
         self._buffers = logged_buffers()
         low = self._low
         self._interrupt = interrupt
@@ -118,6 +126,15 @@ class Session(Vocabulary):
     def check(self, sampling: Sampling) -> None:
         """Raises BadRequest for a grammar that cannot be parsed."""
         Sampler(sampling, self._model).close()
+
+    def stream_experts(self, paths: Sequence[Path]) -> None:
+        """From now on experts that RAM does not hold are read when a router chooses them, where the system can be asked
+        to. `paths`: the checkpoint's files."""
+        from moelocal.engine.residency import Residency, hottest_first
+
+        if Residency.is_possible():
+            self.watch = self.residency = Residency(paths, self.header, self.plan)
+            self.residency.start(hottest_first(self.header, paths))
 
     # -- context ----------------------------------------------------------------------------------------------------
 
@@ -358,6 +375,8 @@ class Session(Vocabulary):
     def close(self) -> None:
         """Frees the context, then the weights."""
         self._close_context()
+        if self.residency is not None:  # before the mapping goes that it works on
+            self.residency.close()
         if self._model:
             self._low.llama_model_free(self._model)
         self._model = 0

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moelocal.engine.libc import libc
+
 _BLOCK_BYTES = 16 << 20
 _CACHED_ENOUGH = 0.98
 _STRIDE_BYTES, _SAMPLE_BYTES = 2 << 20, 128 << 10
@@ -44,14 +46,14 @@ def cached_share(path: Path) -> float:
     n_bytes = path.stat().st_size
     if sys.platform != "linux" or not n_bytes:
         return 1.0
-    mincore = ctypes.CDLL(None).mincore
+    mincore = libc().mincore
     n_cached = n_pages = 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
         start = ctypes.c_char.from_buffer(mapping)
         pages = (ctypes.c_ubyte * (_SAMPLE_BYTES // mmap.PAGESIZE))()
         for at in range(0, n_bytes, _STRIDE_BYTES):
             length = min(_SAMPLE_BYTES, n_bytes - at)
-            if mincore(ctypes.c_void_p(ctypes.addressof(start) + at), ctypes.c_size_t(length), pages):
+            if mincore(ctypes.addressof(start) + at, length, pages):
                 break
             n_here = -(-length // mmap.PAGESIZE)
             n_pages += n_here

@@ -47,7 +47,7 @@ from moelocal.paths import hub_folder
 from moelocal.units import format_bytes
 
 TYPES = (
-    "Q4_K", "Q6_K", "Q8_0", "Q5_K", "MXFP4", "F16", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ4_NL", "Q5_0",
+    "Q4_K", "Q6_K", "MXFP4", "Q8_0", "Q5_K", "F16", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ4_NL", "Q5_0",
     "IQ2_XS", "BF16",
 )  # fmt: skip
 _DENSE_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of the others, experts only: dense weights differ from them alike
@@ -57,7 +57,7 @@ _BASE_DEPTHS = (3, 8)
 _LEAST_BY_TOKEN = 0.5  # of a long batch's time, likewise
 _LEAST_SHARE = 0.2  # of a reading that can be the weights': noise may make the rest look longer than it is
 _ATTENTION_WEIGHTS = N_EMBD * 64 * 10  # of a base model's layer: 4 heads of q and output, one of k and v
-_FIRST, _OFTEN = 9, 3  # types: of the first pass, and of every pass
+_FIRST, _OFTEN = 9, 4  # types: of the first pass, and of every pass
 _SHARED, _SINGLE = attention_model(2), attention_model(16)
 _CPU = "CPU"
 

@@ -1,0 +1,74 @@
+"""Pieces of a file read into the system's page cache without waiting for them, many at once.
+
+Source: posix_fadvise(2), POSIX_FADV_WILLNEED: reads what is not cached yet, at most the larger of the device's
+read-ahead and its largest request per call (mm/readahead.c `force_page_cache_ra`). Darwin, fcntl(2), F_RDADVISE.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 128 << 10, 2 << 20
+_F_RDADVISE = 44  # Source: Darwin, sys/fcntl.h, struct radvisory
+
+Piece = tuple[int, int, int]  # file descriptor, offset, bytes
+
+
+class ReadAhead:
+    """A checkpoint's files, opened for being read ahead. Close it when the model goes."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.files = [os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) for path in paths]
+        self._piece_bytes = [piece_bytes(file) for file in self.files]
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this system can be asked to read ahead."""
+        return hasattr(os, "posix_fadvise") or sys.platform == "darwin"
+
+    def pieces(self, shard: int, offset: int, n_bytes: int) -> tuple[Piece, ...]:
+        """A range as pieces of which the system takes each in one call."""
+        most = self._piece_bytes[shard]
+        end = offset + n_bytes
+        return tuple((self.files[shard], at, min(most, end - at)) for at in range(offset, end, most))
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self.files:
+            os.close(self.files.pop())
+
+
+def fetch(pieces: Iterable[Piece]) -> None:
+    """Has pieces read, in this order; returns when all are asked for, or none can be (the file's disk is gone)."""
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            for file, offset, n_bytes in pieces:
+                fcntl.fcntl(file, _F_RDADVISE, struct.pack("qi4x", offset, n_bytes))
+        else:
+            advise, will_need = os.posix_fadvise, os.POSIX_FADV_WILLNEED
+            for file, offset, n_bytes in pieces:
+                advise(file, offset, n_bytes, will_need)
+    except OSError:
+        return
+
+
+def piece_bytes(file: int) -> int:
+    """How much of a file one call reads ahead at most.
+
+    Source: Documentation/ABI/stable/sysfs-block: queue/read_ahead_kb, queue/max_sectors_kb.
+    """
+    try:
+        device = os.fstat(file).st_dev
+        name = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+        folder = Path(os.path.realpath(name))
+        queue = folder / "queue" if (folder / "queue").is_dir() else folder.parent / "queue"  # a partition has none
+        kib = max(int((queue / key).read_text()) for key in ("read_ahead_kb", "max_sectors_kb"))
+    except (OSError, ValueError, AttributeError):
+        return _LEAST_PIECE_BYTES
+    return min(max(kib << 10, _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)
