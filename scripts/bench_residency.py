@@ -73,7 +73,7 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
     plan = make_plan(read_facts(header), machine, request)
     if how == PLAIN:
         plan = replace(plan, disk_bytes=0)
-        session.warm = lambda *_: None  # llama.cpp itself reads the file as it maps it
+        vars(session)["warm"] = lambda *_: None  # llama.cpp itself reads the file as it maps it
     elif not plan.disk_bytes:
         raise SystemExit("the limit is not below what the model needs")
     noise = random.Random(1)

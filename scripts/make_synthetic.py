@@ -7,8 +7,8 @@ the tokenizer is a byte-level BPE with made-up merges, which reads any text and 
 Random weights make tokens alike, so that routers choose the same few experts again and again. With `--skew 0` each
 token's own embedding decides, and all experts are used alike, which no trained model does: the worst case for a cache.
 With `--skew 1` some experts are liked more, in each layer others: the logits of a router get a constant for each
-expert, of that standard deviation (the rest of them has 1). Of 128 experts, 8 used, a cache of 40 % then hits in nine of
-ten cases, as with Qwen3-30B-A3B's own.
+expert, of that standard deviation (the rest of them has 1). Of 128 experts, 8 used, a cache of 40 % then hits in nine
+of ten cases, as with Qwen3-30B-A3B's own.
 
 usage: python scripts/make_synthetic.py GEOMETRY OUT.gguf [--layers N] [--seed N] [--skew S] [--dry-run]
        (`list` names each GEOMETRY)

@@ -131,8 +131,19 @@ def _stats(chat: Chat, argument: str) -> Outcome:
         f"context  {used:,} of {n_ctx:,} tokens ({used / n_ctx:.0%})\n"
         f"turns    {chat.n_turns()}{left_out}\n"
         f"prefill  {totals.computed:,} tokens, {format_rate(prefill)}; {totals.cached:,} more were cached\n"
-        f"decode   {totals.generated:,} tokens, {format_rate(decode)}"
+        f"decode   {totals.generated:,} tokens, {format_rate(decode)}" + _disk_line(chat)
     )
+
+
+def _disk_line(chat: Chat) -> str:
+    """What came from the disk, for a model larger than RAM."""
+    if chat.session.residency is None:
+        return ""
+    seen = chat.session.residency.stats
+    if not seen.n_tokens:
+        return "\nexperts  streamed from the disk; nothing generated yet"
+    n_bytes = format_bytes(int(seen.bytes_per_token))
+    return f"\nexperts  {seen.hit_rate:.0%} were in RAM when chosen, {n_bytes} read from the disk per token"
 
 
 def _save(chat: Chat, argument: str) -> Outcome:

@@ -99,6 +99,7 @@ def open_model(
     facts = read_facts(header)
     llama.offload_prompts_from(offload_min_batch(facts))
     machine = find_machine(placement.rpc or ())
+    facts = informed(facts, header, path, machine)
     request = tuned(request, path, machine)
     if watch is not None:
         request = replace(request, n_outputs=watch.n_batch)
@@ -134,6 +135,15 @@ def tuned(request: PlanRequest, path: Path, machine: Machine) -> PlanRequest:
     from moelocal.measure.tuned import with_tuned
 
     return with_tuned(request, path, identity(machine.cpu, machine.devices, llama.version()))
+
+
+def informed(facts: ModelFacts, header: GGUFHeader, path: Path, machine: Machine) -> ModelFacts:
+    """The facts with what the model's expert profile says, where RAM may be too small for the model."""
+    if not facts.is_moe or facts.file_bytes < machine.ram_free_bytes:
+        return facts
+    from moelocal.model import usage
+
+    return usage.informed(facts, header, [Path(shard) for shard in header.shards] or [path])
 
 
 def find_machine(workers: Sequence[str]) -> Machine:

@@ -30,7 +30,7 @@ def plan(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show where a model would go: memory per device, predicted speed, why, and what else there is."""
-    from moelocal.cli.opening import known, tuned
+    from moelocal.cli.opening import informed, known, tuned
     from moelocal.model.facts import read_facts
     from moelocal.plan.alternatives import with_alternatives
     from moelocal.plan.planner import make_plan
@@ -45,6 +45,8 @@ def plan(
     if machine is not None and placement.rpc:
         raise BadRequest("--machine and --rpc exclude each other.", "Describe the other machine's memory with gpu=.")
     here = _described(machine) if machine is not None else present(facts, placement, verbose)
+    if path is not None:
+        facts = informed(facts, header, path, here)
     history = None
     if machine is None and path is not None:
         history, request = known(path, facts, here), tuned(request, path, here)

@@ -129,3 +129,12 @@ def captured_stderr() -> Iterator[Callable[[], list[str]]]:
             os.close(kept)
             file.seek(0)
             text = file.read()
+
+
+def marked_batch(low: Any, ids: Sequence[int], marks: Sequence[bool]) -> tuple[Any, Any]:
+    """A batch of tokens of which the marked ones give logits; and what it points to, to be held while it is used."""
+    array = (ctypes.c_int32 * len(ids))(*ids)
+    flags = (ctypes.c_int8 * len(ids))(*marks)
+    batch = low.llama_batch_get_one(array, len(ids))
+    batch.logits = ctypes.cast(flags, ctypes.POINTER(ctypes.c_int8))
+    return batch, (array, flags)

@@ -13,7 +13,8 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moelocal.engine.session import Session, marked_batch
+from moelocal.engine.abi import marked_batch
+from moelocal.engine.session import Session
 
 
 class Rows(NamedTuple):

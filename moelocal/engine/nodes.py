@@ -143,8 +143,6 @@ def route(session: Session, reader: NodeReader, tokens: Sequence[int]) -> Iterat
         KeyboardInterrupt: Ctrl-C; the reader has the finished batches.
         MoelocalError: llama.cpp failed, with its last words; the nodes could not be read.
     """
-    from moelocal.engine.session import marked_batch
-
     low, interrupt = session._low, session._interrupt
     step = min(session.plan.n_ubatch, session.plan.n_outputs, session.n_ctx)
     with interrupt:
@@ -153,7 +151,7 @@ def route(session: Session, reader: NodeReader, tokens: Sequence[int]) -> Iterat
         session.cached.clear()
         for at in range(0, len(tokens), step):
             ids = tokens[at : at + step]
-            batch, _held = marked_batch(low, ids, [True] * len(ids))
+            batch, _held = abi.marked_batch(low, ids, [True] * len(ids))
             reader.begin()
             session._decode(batch, ids)
             low.llama_synchronize(session._context)

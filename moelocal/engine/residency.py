@@ -1,10 +1,10 @@
 """Models larger than RAM: the weights stay in the file and the system's page cache holds experts; what a layer needs is
 asked for all at once when its router has chosen, not page by page when it is touched.
 
-    with mapped.lazily(library):        # the model is mapped, and not read
+    with mapped.lazily(library):                    # the model is mapped, and not read
         model = llama.open_model(...)
-    residency = Residency(paths, header, plan)
-    residency.start()                   # what every token uses is read and stays; then experts, as long as nobody asks
+    residency = streaming(paths, header, plan)      # reads what every token uses, then experts as long as nobody asks
+    llama.open_context(..., residency.callback)
 
 - One token: the missing ones of the chosen experts are requested at the router's node, all in flight together. Those
   that were not used for longest are given back by us, a whole expert at once: cheaper than the kernel's search page by
@@ -108,11 +108,6 @@ class Residency(NodeReader):
         self._is_asked = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="residency", daemon=True)
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether this system can be asked to read ahead."""
-        return ReadAhead.is_possible()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -343,7 +338,16 @@ class Residency(NodeReader):
         return None if address is None else address + int(share * one.n_bytes)
 
 
-def hottest_first(header: GGUFHeader, paths: Sequence[Path]) -> Callable[[int], Sequence[int]] | None:
+def streaming(paths: Sequence[Path], header: GGUFHeader, plan: Plan) -> Residency | None:
+    """The residency of a model that was just loaded, at work; None where the system cannot be asked to read ahead."""
+    if not ReadAhead.is_possible():
+        return None
+    residency = Residency(paths, header, plan)
+    residency.start(_hottest_first(header, paths))
+    return residency
+
+
+def _hottest_first(header: GGUFHeader, paths: Sequence[Path]) -> Callable[[int], Sequence[int]] | None:
     """A layer's experts, the most used first, as `moelocal experts` saw them; None if it never looked."""
     try:
         usage = load_usage(identity(header, paths))

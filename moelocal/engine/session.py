@@ -76,7 +76,9 @@ def load(
         session = Session(model, header, plan, interrupt, time.perf_counter() - start, not one_shot)
         session.watch = watch
         if is_lazy and watch is None:
-            session.stream_experts(paths)
+            from moelocal.engine.residency import streaming
+
+            session.watch = session.residency = streaming(paths, header, plan)
     except BaseException:
         interrupt.close()
         raise
@@ -126,15 +128,6 @@ class Session(Vocabulary):
     def check(self, sampling: Sampling) -> None:
         """Raises BadRequest for a grammar that cannot be parsed."""
         Sampler(sampling, self._model).close()
-
-    def stream_experts(self, paths: Sequence[Path]) -> None:
-        """From now on experts that RAM does not hold are read when a router chooses them, where the system can be asked
-        to. `paths`: the checkpoint's files."""
-        from moelocal.engine.residency import Residency, hottest_first
-
-        if Residency.is_possible():
-            self.watch = self.residency = Residency(paths, self.header, self.plan)
-            self.residency.start(hottest_first(self.header, paths))
 
     # -- context ----------------------------------------------------------------------------------------------------
 
@@ -387,15 +380,6 @@ class Session(Vocabulary):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def marked_batch(low: Any, ids: Sequence[int], marks: Sequence[bool]) -> tuple[Any, Any]:
-    """A batch of tokens of which the marked ones give logits; and what it points to, to be held while it is used."""
-    array = (ctypes.c_int32 * len(ids))(*ids)
-    flags = (ctypes.c_int8 * len(ids))(*marks)
-    batch = low.llama_batch_get_one(array, len(ids))
-    batch.logits = ctypes.cast(flags, ctypes.POINTER(ctypes.c_int8))
-    return batch, (array, flags)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -139,12 +139,6 @@ class Tally:
             stack.insert(0, expert)
 
 
-def lru_hits(distances: Sequence[int], n_slots: int) -> float:
-    """Share of the choices that an LRU cache of `n_slots` experts has, by their reuse distances."""
-    total = sum(distances)
-    return sum(distances[: min(n_slots, len(distances) - 1)]) / total if total else 0.0
-
-
 def divergence_bits(a: Sequence[int], b: Sequence[int]) -> float:
     """Jensen-Shannon divergence of two distributions given by counts: 0 equal, 1 nothing in common; 0 if one is empty.
 

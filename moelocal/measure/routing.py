@@ -18,10 +18,9 @@ from moelocal.measure.experts import (
     Tally,
     divergence_bits,
     layer_use,
-    lru_hits,
     slots,
 )
-from moelocal.model.usage import ExpertUsage, LayerUsage
+from moelocal.model.usage import ExpertUsage, LayerUsage, lru_hits
 
 _PASSAGES = Path(__file__).with_name("passages.txt")
 _LEAST_TOKENS = 32

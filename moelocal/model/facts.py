@@ -110,7 +110,7 @@ class ModelFacts:
       table: theirs are then larger by `n_vocab` times the embedding's length, unless it serves as the output too.
     - `graph`: widths of the activations, for `compute.compute_bytes`.
     - `output_types`: `output_bytes` and `other_bytes` by type. `head_lengths`: lengths of a head's keys and values.
-      `extra_caches`: caches of layers without loaded weights.
+      `extra_caches`: caches of layers without loaded weights. `hit_rates`: see `usage.hit_rates`; empty: not known.
     """
 
     arch: str
@@ -134,6 +134,7 @@ class ModelFacts:
     output_types: TypeBytes = ()
     extra_caches: tuple[KVCache, ...] = field(default=())
     graph: GraphFacts = field(default=GraphFacts())
+    hit_rates: tuple[float, ...] = ()
 
     def attention_macs(self, index: int, least_per_head: int = 0) -> int:
         """Multiplications of one query token with one position of a layer's cache, keys and values; 0 where there is

@@ -12,15 +12,17 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moelocal.errors import BadRequest, MoelocalError
+from moelocal.model.facts import ModelFacts
 from moelocal.model.header import GGUFHeader
 from moelocal.paths import user_home
 
 _VERSION = 1
+_STEPS = 32  # of the shares of experts that RAM may hold
 _SAMPLE_BYTES = 16 << 10  # of each router
 _MOST_BYTES = 16 << 20
 _MOST_LAYERS, _MOST_EXPERTS = 1024, 4096
@@ -46,6 +48,30 @@ class ExpertUsage:
     n_tokens: int
     n_experts_used: int
     layers: tuple[LayerUsage, ...]
+
+
+def lru_hits(distances: Sequence[int], n_slots: int) -> float:
+    """Share of the choices that an LRU cache of `n_slots` experts has, by their reuse distances."""
+    total = sum(distances)
+    return sum(distances[: min(n_slots, len(distances) - 1)]) / total if total else 0.0
+
+
+def hit_rates(usage: ExpertUsage) -> tuple[float, ...]:
+    """Share of the choices that are in RAM when it holds i of `len - 1` equal parts of the experts; mean of the
+    layers."""
+    return tuple(
+        sum(lru_hits(one.reuse, round(step / _STEPS * len(one.counts))) for one in usage.layers) / len(usage.layers)
+        for step in range(_STEPS + 1)
+    )
+
+
+def informed(facts: ModelFacts, header: GGUFHeader, paths: Sequence[Path]) -> ModelFacts:
+    """The facts with the hit rates of the model's profile, if it has one: what a plan for too little RAM needs."""
+    try:
+        usage = load_usage(identity(header, paths))
+    except MoelocalError:
+        return facts
+    return facts if usage is None else replace(facts, hit_rates=hit_rates(usage))
 
 
 def identity(header: GGUFHeader, paths: Sequence[Path]) -> str:

@@ -132,8 +132,8 @@ def predict(
 ) -> Prediction:
     """What this setting would give: decode with `n_depth` tokens in the cache, prefill of `n_prompt` tokens.
 
-    RAM that is missing is read from disk: experts are drawn uniformly, so of a layer's active bytes the share that is
-    not resident is a miss.
+    RAM that is missing is read from disk: what the model's expert profile says of a cache of that size is missed;
+    without a profile experts are drawn uniformly.
     """
     work = Work(
         setting.kv_type, setting.n_ubatch, setting.threads, setting.repack, setting.load_mode, n_prompt, n_depth
@@ -305,8 +305,9 @@ class Costs:
                     union += n * tensor.n_bytes * (1 - (1 - share) ** self._n_at_once)
         dense += self.facts.output_bytes if placement.output == CPU else 0
         missing_dense = max(0.0, min(dense, dense - left))
-        miss_rate = 1 - min(1.0, max(0.0, left - dense) / experts) if experts else 0.0
-        once = (missing_dense + miss_rate * union) / self._disk
+        held = min(1.0, max(0.0, left - dense) / experts) if experts else 1.0
+        miss_rate = 1 - hit_rate(self.facts, held)
+        once = (missing_dense + (1 - held) * union) / self._disk
         decode = (missing_dense + miss_rate * active) / self._disk
         return Seconds(decode, once * self._n_batches, (weights - max(0, left)) / self._disk)
 
@@ -349,6 +350,16 @@ class Costs:
         if self.work.repack and (kind, True) in self._speeds[name].dense:
             return n_bytes / speeds.repack_bytes_per_s
         return n_bytes / speeds.load_bytes_per_s * (2 if self.work.load_mode == "none" else 1)
+
+
+def hit_rate(facts: ModelFacts, held: float) -> float:
+    """Share of the chosen experts that are in RAM when it holds this share of all of them."""
+    rates = facts.hit_rates
+    if not rates:
+        return held
+    place = held * (len(rates) - 1)
+    below = min(int(place), len(rates) - 2)
+    return rates[below] + (place - below) * (rates[below + 1] - rates[below])
 
 
 def device_speeds(machine: Machine, device: Device) -> DeviceSpeeds:

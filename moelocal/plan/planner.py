@@ -22,7 +22,7 @@ from moelocal.model.kv import KVType
 from moelocal.plan.cost import Costs, LoadMode, Placement, Prediction, Seconds, Setting, Work, prediction
 from moelocal.plan.llama_flags import flags_of, llama_args
 from moelocal.plan.memory import CPU, PROGRAM_BYTES, MemoryUse, Sizes, graph_bytes, placed, ram_left
-from moelocal.plan.refusals import check_gpu_budgets, too_little
+from moelocal.plan.refusals import check_gpu_budgets, check_ram_for_always_used, too_little
 from moelocal.plan.request import N_UBATCH, PlanRequest, Turn, bounded, turn_of
 from moelocal.plan.search import BETTER, Room, Search
 
@@ -213,6 +213,8 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
     setting, left = best.setting, ram_left(here, best.uses)
     kept = min(best.uses[CPU].weights_bytes, max(0, left))
     disk_bytes = best.uses[CPU].weights_bytes - kept
+    if disk_bytes:
+        check_ram_for_always_used(facts, setting.placement, left)
     uses = best.uses | {CPU: replace(best.uses[CPU], weights_bytes=kept)}
     uses = _sharpened(facts, setting, uses, request.n_outputs)
     flags = flags_of(setting.placement)

@@ -23,9 +23,13 @@ def explain(
     """Every decision as a sentence, the most important first."""
     if disk_bytes:
         yield (
-            f"RAM is {format_bytes(disk_bytes)} too small for the weights: they stay mapped from disk and are not "
-            "repacked, so parts are read again for every token; slow, but never killed"
+            f"RAM is {format_bytes(disk_bytes)} too small for the weights: they stay mapped from disk, not repacked, "
+            "so nothing is ever killed; what every token uses stays in RAM, experts are read when they are chosen"
         )
+        known = (
+            "its expert profile" if facts.hit_rates else "no profile, so all experts alike: moelocal experts makes one"
+        )
+        yield f"How often an expert is missing is estimated from {known}"
     yield from _placement(facts, here, request, setting.placement)
     yield from _context(facts, request, setting)
     yield from _running(facts, here, request, setting, uses, disk_bytes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moelocal.errors import OutOfMemory
 from moelocal.machine.hardware import Machine
 from moelocal.model.facts import ModelFacts
-from moelocal.plan.memory import PROGRAM_BYTES, Sizes
+from moelocal.plan.cost import Placement
+from moelocal.plan.memory import CPU, PROGRAM_BYTES, Sizes
 from moelocal.plan.request import N_UBATCH, PlanRequest
 from moelocal.units import format_bytes
 
@@ -28,6 +29,20 @@ def check_gpu_budgets(facts: ModelFacts, here: Machine, request: PlanRequest, n_
                 f"{format_bytes(layer)} for one layer.",
                 f"Try --gpu-memory {-(-least >> 20) + 1}MiB, a shorter --ctx, or --cpu-only.",
             )
+
+
+def check_ram_for_always_used(facts: ModelFacts, placement: Placement, left_bytes: int) -> None:
+    """Raises OutOfMemory when RAM cannot even hold what every token uses: all of it would be read for every token."""
+    at_home = zip(facts.layers, placement.layers, strict=True)
+    always = sum(layer.always_active_bytes for layer, home in at_home if home == CPU)
+    always += facts.output_bytes if placement.output == CPU else 0
+    if left_bytes < always:
+        missing = always - left_bytes
+        raise OutOfMemory(
+            f"Every token uses {format_bytes(always)} of the weights in RAM, and {format_bytes(max(0, left_bytes))} "
+            f"are left for them: {format_bytes(missing)} are missing.",
+            "Close other programs, give a larger --ram or a shorter --ctx, or choose a smaller model.",
+        )
 
 
 def too_little(facts: ModelFacts, here: Machine, request: PlanRequest, n_ctx: int) -> OutOfMemory:

@@ -15,10 +15,10 @@ from moelocal.measure.experts import (
     divergence_bits,
     entropy_bits,
     layer_use,
-    lru_hits,
     slots,
     top_share,
 )
+from moelocal.model.usage import lru_hits
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=64)
 
