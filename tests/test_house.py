@@ -45,6 +45,7 @@ ONLY_IN = {
 PURE = [
     "model/header.py",
     "model/facts.py",
+    "model/slices.py",
     "model/graph.py",
     "model/arena.py",
     "model/steps.py",
@@ -62,6 +63,7 @@ PURE = [
     "plan/request.py",
     "plan/reasons.py",
     "plan/alternatives.py",
+    "engine/expert_cache.py",
     "measure/experts.py",
     "machine/described.py",
     "machine/defaults.py",

@@ -26,6 +26,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,6 +119,8 @@ class Residency(NodeReader):
         self._middles = {
             layer: [self._address(ranges[-1], 0.5) for ranges in experts] for layer, experts in self._ranges.items()
         }
+        if any(self._maps):  # what is not mapped any more went to a GPU
+            self._always = [one for one in self._always if self._address(one) is not None]
         for one in self._always:
             fetch(self._ahead.pieces(*one))
         for one in self._always:
@@ -158,10 +161,16 @@ class Residency(NodeReader):
                 if self._is_asked:
                     return
                 fetch(piece for pieces in self._pieces[layer][index] for piece in pieces)
+                self._await(self._ranges[layer][index][-1])
                 with self._lock:
                     self._cache.admit(layer, (index,))
                     if hottest is None:
                         self._blind.setdefault(layer, []).append(index)
+
+    def _await(self, one: Range) -> None:
+        """Returns when a range that was requested is there: so a prompt that comes has to wait for one expert only."""
+        with suppress(OSError):
+            os.pread(self._ahead.files[one.shard], 1, one.offset + one.n_bytes - 1)
 
     @property
     def held_bytes(self) -> int:

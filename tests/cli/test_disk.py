@@ -1,0 +1,42 @@
+"""The program with less RAM than the model needs: the same answer; with too little, the figure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moelocal.engine.readahead import ReadAhead
+
+CALM = ("--temperature", "0", "--ctx", "256", "--seed", "1")
+
+
+def moelocal(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moelocal", *args], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_less_ram_than_the_model_gives_the_same_answer() -> None:
+    plan = json.loads(moelocal("plan", "demo", "--ram", "270MiB", "--ctx", "256", "--json").stdout)
+    assert plan["disk_bytes"] > 0 and not plan["repack"]
+    asked = "run", "demo", "What is the capital of France?", *CALM
+    plain, streamed = moelocal(*asked), moelocal(*asked, "--ram", "270MiB")
+    assert plain.returncode == streamed.returncode == 0, streamed.stderr
+    assert plain.stdout and streamed.stdout == plain.stdout
+
+
+@pytest.mark.skipif(not ReadAhead.is_possible(), reason="this system cannot be asked to read ahead")
+def test_stats_tells_what_came_from_the_disk() -> None:
+    chat = moelocal("chat", "demo", *CALM, "--ram", "270MiB", stdin="/stats\nHello\n/stats\n")
+    assert chat.returncode == 0, chat.stderr
+    assert "experts  streamed from the disk; nothing generated yet" in chat.stdout + chat.stderr
+    assert "were in RAM when chosen" in chat.stdout + chat.stderr
+
+
+def test_too_little_for_what_every_token_uses() -> None:
+    run = moelocal("run", "demo", "Hello", "--ram", "260MiB", "--ctx", "256")
+    assert run.returncode == 1 and run.stdout == ""
+    assert "Every token uses" in run.stderr and "--ram" in run.stderr and "Traceback" not in run.stderr
