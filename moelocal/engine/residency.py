@@ -234,7 +234,9 @@ class Residency(NodeReader):
         if layer not in self._read_ahead:
             self._pass(layer, chosen)
         self._read_ahead.discard(layer)
-        before, after = self._order[at - 1 : at], self._order[at + 1 : at + 2]
+        before, after = self._order[max(0, at - 1) : at], self._order[at + 1 : at + 2]
+        if self._plan.n_outputs == 1 and after == self._order[-1:]:
+            after = []  # the last layer computes the last token only, and asks for its experts itself
 
         def next_one() -> None:
             self._keep(layer, chosen)

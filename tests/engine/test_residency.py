@@ -63,8 +63,9 @@ def test_the_same_tokens_as_in_ram(geometry: str, room: int, tiny: Tiny) -> None
         stats = residency.stats
     n_layers = len(expert_stacks(read_header(path)))
     n_used = session.header.metadata[f"{session.header.metadata['general.architecture']}.expert_used_count"]
-    n_steps = stats.n_tokens
-    assert n_steps >= 2 * 23 and stats.n_hits + stats.n_misses <= n_steps * n_layers * n_used
+    n_choices = stats.n_hits + stats.n_misses
+    n_of_prompts = 4 * n_used  # their last layers: of one token only
+    assert stats.n_tokens >= 2 * 23 and n_choices <= stats.n_tokens * n_layers * n_used + n_of_prompts
     if room > 100:
         assert stats.hit_rate > 0.9
     if room == 0:
@@ -115,6 +116,7 @@ def test_what_is_given_back_leaves_memory_and_comes_again(tmp_path: Path) -> Non
 
     path = tmp_path / "model.gguf"
     make_synthetic.write_model("qwen3moe-250m", path, n_layer=2)
+    dropped(path)
     with opened(path, STREAMED) as session:
         residency = session.residency
         assert residency is not None
@@ -124,7 +126,6 @@ def test_what_is_given_back_leaves_memory_and_comes_again(tmp_path: Path) -> Non
         everything = [(layer, index) for layer in residency._order for index in range(32)]
         for layer, index in everything:
             residency._cache.forget(layer, index)
-        dropped(path)  # also what nobody gave back
         residency._give_back(everything)
         assert not any(residency._is_cached(layer, index) for layer, index in everything)
         assert answer(session) == expected
