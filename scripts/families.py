@@ -55,7 +55,7 @@ def tried(family: Family, args: argparse.Namespace) -> list[str]:
     cells: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        command = [args.torch, _CHILD, family.kind, work, args.llama_cpp, args.tokenizers / family.tokenizer]
+        command = [args.torch, _CHILD, family.key, work, args.llama_cpp, args.tokenizers / family.tokenizer]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:
             return [f"no: {done.stderr.strip().splitlines()[-1][:160]}"]

@@ -42,6 +42,7 @@ _QWEN_MOE = {
 class Family(NamedTuple):
     """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is what
     config.json says in published checkpoints, where transformers saves it otherwise, in a way unknown to the converter.
+    `is_altered`: transformers' model is changed to what llama.cpp computes, see `alter_phi`.
     """
 
     name: str
@@ -51,10 +52,23 @@ class Family(NamedTuple):
     is_without_mtp: bool = False
     published: Mapping[str, Any] = MappingProxyType({})
     tokens: tuple[str, ...] = ()  # added to the tokenizer: the converter asks for them
+    is_altered: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called on the command line."""
+        return f"{self.kind}-altered" if self.is_altered else self.kind
 
 
+PHI = Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
+    "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
+    "attention_bias": True, "lm_head_bias": True,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": 2048,
+    },
+}, published={"architectures": ["PhiMoEForCausalLM"]})  # fmt: skip
 FAMILIES = {
-    family.kind: family
+    family.key: family
     for family in (
         Family("Mixtral", "mixtral", "sentencepiece", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
@@ -92,13 +106,8 @@ FAMILIES = {
             "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 8, "mamba_d_head": 64,
             "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_conv": 4,
         }, published={"layer_types": ["mamba", "mamba", "attention", "mamba"]}),
-        Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
-            "attention_bias": True, "lm_head_bias": True,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": 2048,
-            },
-        }, published={"architectures": ["PhiMoEForCausalLM"]}),
+        PHI,
+        PHI._replace(name="Phi-3.5-MoE, altered", is_altered=True),
         Family("gpt-oss", "gpt_oss", "gptoss", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
             "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -258,11 +267,31 @@ def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
         raise SystemExit(f"converter: {done.stderr.strip().splitlines()[-1]}")
 
 
-def logits(folder: Path) -> tuple[list[int], Any]:
+def alter_phi() -> None:
+    """Makes transformers' Phi-3.5-MoE compute as llama.cpp does: the best experts of one softmax in place of
+    SparseMixer, their weights made to add up to one; and norms that leave the mean in (RMS) in place of LayerNorm."""
+    import torch
+    from transformers.models.phimoe import modeling_phimoe
+
+    def best(scores: Any, jitter_eps: float, training: bool, top_k: int = 2) -> tuple[Any, Any]:
+        weights, experts = torch.softmax(scores.float(), dim=-1).topk(top_k, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True), experts
+
+    def rms(self: Any, x: Any) -> Any:
+        scale = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return x * scale * self.weight + self.bias
+
+    modeling_phimoe.sparsemixer = best
+    torch.nn.LayerNorm.forward = rms
+
+
+def logits(family: Family, folder: Path) -> tuple[list[int], Any]:
     """Random tokens, and what transformers makes of them in float32: float32[n_tokens, n_vocab]."""
     import torch
     import transformers
 
+    if family.is_altered:
+        alter_phi()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     model.eval()
     noise = torch.Generator().manual_seed(2)
@@ -277,7 +306,7 @@ def main() -> int:
     kind, work, llama_cpp, tokenizer = sys.argv[1], *map(Path, sys.argv[2:5])
     make(FAMILIES[kind], work / "hf", tokenizer)
     convert(FAMILIES[kind], work / "hf", work / "model.gguf", llama_cpp)
-    tokens, found = logits(work / "hf")
+    tokens, found = logits(FAMILIES[kind], work / "hf")
     (work / "tokens.json").write_text(json.dumps(tokens))
     np.save(work / "logits.npy", found)
     return 0

@@ -230,6 +230,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder / CONFIG)
     architecture = architecture_of(config)
+    _check_layer_names(folder, config, architecture)
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -241,6 +242,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     tensors = [tensor for part in parts for tensor in read_head(part)]
     _check_index(folder, names, {tensor.name for tensor in tensors})
     return Checkpoint(folder, config, architecture, tuple(tensors), sum(tensor.n_bytes for tensor in tensors))
+
+
+def _check_layer_names(folder: Path, config: Mapping[str, Any], architecture: str) -> None:
+    """Raises BadRequest for layers named as transformers 5 saves them, which the converter would take for others: the
+    file would be written, and not load."""
+    if architecture == "GraniteMoeHybridForCausalLM" and "full_attention" in (config.get("layer_types") or ()):
+        raise BadRequest(
+            f"{folder / CONFIG} names its layers as transformers 5 does, and llama.cpp's converter would find no "
+            "attention in them.",
+            'In layer_types write "attention" for "full_attention" and "mamba" for "linear_attention", and try again.',
+        )
 
 
 def _parts(folder: Path, names: set[str]) -> list[Path]:

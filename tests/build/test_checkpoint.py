@@ -154,3 +154,17 @@ def test_deepseek_without_a_scoring_function_is_remarked(tmp_path: Path) -> None
 def test_layers_for_a_second_token_may_be_missing(architecture: str, tensor: str, lacks: bool, tmp_path: Path) -> None:
     assert Checkpoint(tmp_path, {}, architecture, (Weights(tensor, "BF16", (2, 2), 8),), 8).lacks_prediction == lacks
     assert not Checkpoint(tmp_path, {}, architecture, (), 8).lacks_prediction  # not known
+
+
+def test_layers_named_as_transformers_5_does_are_refused_where_the_converter_would_miss_them(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for layers, is_refused in ((["mamba", "attention"], False), (["linear_attention", "full_attention"], True)):
+        changed = {**config, "architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": layers}
+        (folder / "config.json").write_text(json.dumps(changed))
+        if is_refused:
+            with pytest.raises(BadRequest, match="names its layers as transformers 5 does") as caught:
+                open_checkpoint(folder)
+            assert '"attention" for "full_attention"' in caught.value.hint
+        else:
+            assert open_checkpoint(folder).architecture == "GraniteMoeHybridForCausalLM"
