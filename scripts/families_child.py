@@ -42,6 +42,7 @@ _QWEN_MOE = {
 class Family(NamedTuple):
     """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is what
     config.json says in published checkpoints, where transformers saves it otherwise, in a way unknown to the converter.
+    `embedding_std`: smaller where the embedding is the output too, else every token predicts itself alone.
     `is_altered`: transformers' model is changed to what llama.cpp computes, see `alter_phi`.
     """
 
@@ -53,6 +54,7 @@ class Family(NamedTuple):
     published: Mapping[str, Any] = MappingProxyType({})
     tokens: tuple[str, ...] = ()  # added to the tokenizer: the converter asks for them
     is_altered: bool = False
+    embedding_std: float = 1.0
 
     @property
     def key(self) -> str:
@@ -136,7 +138,7 @@ FAMILIES = {
             "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
             "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention", "conv"], "norm_topk_prob": True,
             "use_expert_bias": True, "tie_word_embeddings": True,
-        }),
+        }, embedding_std=0.03),
         Family("MiniMax-M2", "minimax_m2", "qwen3", {
             "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
             "rotary_dim": 32,
@@ -244,7 +246,7 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
             elif "norm" in name and value.ndim == 1:
                 value.normal_(1, 0.1)
             elif "embed" in name or "wte" in name:
-                value.normal_(0, 1)
+                value.normal_(0, family.embedding_std)
             elif value.ndim >= 2 and "conv" not in name and "rotary" not in name:
                 value.normal_(0, 0.06)
     model.save_pretrained(folder)

@@ -268,7 +268,8 @@ def _trials(
     kv_types: tuple[KVType, ...] = (request.kv_type or "f16",)
     if request.kv_type is None and here.gpus and facts.fits_kv_type("q8_0"):
         kv_types = ("f16", "q8_0")
-    n_ubatches = (request.n_ubatch,) if request.n_ubatch else _N_UBATCHES if here.gpus else (N_UBATCH,)
+    is_copied = bool(here.gpus) or facts.file_bytes > here.ram_free_bytes  # experts, once for each batch of a prompt
+    n_ubatches = (request.n_ubatch,) if request.n_ubatch else _N_UBATCHES if is_copied else (N_UBATCH,)
     for kv_type in kv_types:
         for n_ubatch in n_ubatches:
             n_ubatch = min(n_ubatch, n_ctx)

@@ -104,10 +104,8 @@ def _running(
     disk_bytes: int,
 ) -> Iterator[str]:
     if setting.n_ubatch > 512 and request.n_ubatch is None:
-        yield (
-            f"Prompts in batches of {setting.n_ubatch:,} tokens: experts in RAM are copied to the GPU once a batch, so "
-            "fewer batches are faster"
-        )
+        what = "experts that RAM does not hold are read" if disk_bytes else "experts in RAM are copied to the GPU"
+        yield f"Prompts in batches of {setting.n_ubatch:,} tokens: {what} once a batch, so fewer batches are faster"
     if uses[CPU].weights_bytes > facts.embedding_bytes and not disk_bytes:
         if request.repack is not None:
             how = "repacked for the CPU" if setting.repack else "not repacked"

@@ -63,3 +63,13 @@ def test_ram_too_small_for_what_every_token_uses_is_refused_with_the_figure(fact
         planned(facts, "16GiB", ram_bytes=int(1.2 * GIB))
     assert "--ram" in caught.value.hint
     assert planned(facts, "16GiB", ram_bytes=3 * GIB).disk_bytes > 0
+
+
+def test_long_prompts_go_through_the_file_fewer_times(facts: ModelFacts) -> None:
+    machine = parse_machine("ram=12GiB:40GB/s;disk=500MB/s;cores=8")
+    request = PlanRequest(objective="long-prompt")
+    plan = make_plan(facts, machine, request)
+    assert plan.disk_bytes > 0 and plan.n_ubatch > 512
+    assert any("read once a batch" in reason for reason in plan.reasons)
+    roomy = parse_machine("ram=64GiB:40GB/s;disk=500MB/s;cores=8")
+    assert make_plan(facts, roomy, request).n_ubatch == 512
