@@ -33,8 +33,10 @@ def test_scores_by_hand() -> None:
     assert (one.n_tokens, one.counts, one.mass) == (2, [1, 2, 1], [0.75, 0.75, 0.5])
     assert one.scores("frequency") == [1.0, 2.0, 1.0]
     assert one.scores("reap") == [3.0, (2.0 + 1.0) / 2, 0.5]  # mean over its tokens of weight times norm
+    assert one.scores("impact") == pytest.approx([3**0.5, 2**0.5 + 1.0, 0.5**0.5])  # their roots, summed
     one.add(choices, is_weighted=True)
-    assert one.impact == [3.0 + 4.0, 3.0 + 10.0, 0.5 + 1.0]
+    assert one.added == [3.0 + 4.0, 3.0 + 10.0, 0.5 + 1.0]
+    assert one.impact == pytest.approx([3**0.5 + 2.0, 2**0.5 + 1.0 + 8**0.5 + 2**0.5, 0.5**0.5 + 1.0])
     with pytest.raises(ValueError, match="expert 3 of 3"):
         one.add(Choices(1, array("i", [3])))
 
