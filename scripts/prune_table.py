@@ -1,10 +1,10 @@
-"""Prunes the demo by each criterion of `moelocal prune` and at random, and prints what each leaves: right answers of the 40
-questions of demo_questions.py and of 200 others, and on these answers the KL divergence from the whole model and how often
-the likeliest token is the same. Every figure is the median of several draws of the calibration text (of several random
-choices for `random`), then the least and the most.
+"""Prunes the demo by each criterion of `moelocal prune` and at random, and prints what each leaves: right answers of the
+40 questions of demo_questions.py and of 200 others, and on these answers the KL divergence from the whole model and how
+often the likeliest token is the same. Every figure is the median of several draws of the calibration text (of several
+random choices for `random`), then the least and the most.
 
-A calibration text has 400 questions with answers in the demo's chat format, none of which is asked. An answer is right if
-greedy decoding gives it to the letter, so if every token of it is the likeliest after those before.
+A calibration text has 400 questions with answers in the demo's chat format, none of which is asked. An answer is right
+if greedy decoding gives it to the letter, so if every token of it is the likeliest after those before.
 
 usage: python scripts/prune_table.py [--draws 3] [--random 5] [--keep 87.5,75,62.5,50] [--threads 2]
 """
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parents[1] / "moelocal" / "model" / "demo" / "demo.gguf"
 N_QUESTIONS, N_OTHERS, N_CALIBRATION = 40, 200, 400
+FORMS = ".0f", ".0f", ".3f", ".1%"  # of a Score's fields
 ASKED = closed_questions(N_QUESTIONS + N_OTHERS)
 
 Kept = Mapping[int, tuple[int, ...]]
@@ -70,10 +71,10 @@ def plan(n_threads: int) -> Plan:
     )  # fmt: skip
 
 
-def calibration_text(seed: int) -> str:
+def calibration_text(seed: int, n_questions: int = N_CALIBRATION) -> str:
     """Questions with answers in the demo's chat format, of the kinds and shares that it was trained on."""
     rng, asked, turns = random.Random(seed), {question for question, _ in ASKED}, []
-    while len(turns) < N_CALIBRATION:
+    while len(turns) < n_questions:
         kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         question, answer = kind(rng)
         while question in asked:  # of the same kind, so that the shares stay
@@ -82,24 +83,24 @@ def calibration_text(seed: int) -> str:
     return "".join(turns)
 
 
-def watched(seed: int, n_threads: int) -> dict[int, Saliency]:
-    """What the experts do for a calibration text."""
+def watched(text: str, n_threads: int) -> dict[int, Saliency]:
+    """What the experts do for a text."""
     header, watch = read_header(DEMO), Watch(outputs=True)
     experts = look(header)
     with load([DEMO], header, plan(n_threads), watch=watch) as session:
-        tokens = session.tokenize(calibration_text(seed), special=True)
+        tokens = session.tokenize(text, special=True)
         return calibrate(session, watch, [tokens], dict.fromkeys(experts.layers, experts.n_experts), lambda _: None)
 
 
-def ask(model: Path, n_threads: int) -> Answers:
-    """Asks a model all questions."""
+def ask(model: Path, n_threads: int, n_questions: int = len(ASKED)) -> Answers:
+    """Asks a model the first of the questions."""
     import numpy as np
 
     right: list[bool] = []
     logs: list[Logs] = []
     with load([model], read_header(model), plan(n_threads)) as session:
         prompter = make_prompter(session.header.metadata, False, session.token_text)
-        for question, answer in ASKED:
+        for question, answer in ASKED[:n_questions]:
             _, prompt = prompt_tokens(session, prompter, [Message("user", question)])
             expected = list(session.tokenize(answer + "<|im_end|>", special=True))
             wanted = range(len(prompt) - 1, len(prompt) + len(expected) - 1)
@@ -153,7 +154,7 @@ def main() -> int:
     given = parser.parse_args()
     header = read_header(DEMO)
     experts, whole = look(header), ask(DEMO, given.threads)
-    seen = [watched(seed, given.threads) for seed in range(1, given.draws + 1)]
+    seen = [watched(calibration_text(seed), given.threads) for seed in range(1, given.draws + 1)]
     print(f"The whole model: {sum(whole.right[:N_QUESTIONS])} and {sum(whole.right[N_QUESTIONS:])} right.\n")
     print(f"| keep | criterion | right of {N_QUESTIONS} | right of {N_OTHERS} others | KL | same first choice |")
     print("|--:|---|--:|--:|--:|--:|")
@@ -169,7 +170,7 @@ def main() -> int:
                         write(Cut(header, experts, kept, record), made, lambda _: None, replace_it=True)
                         scores[str(kept)] = score(ask(made, given.threads), whole)
                 found = [scores[str(kept)] for kept in draws]
-                cells = (spread(values, form) for values, form in zip(zip(*found), (".0f", ".0f", ".3f", ".1%")))
+                cells = (spread(values, form) for values, form in zip(zip(*found, strict=True), FORMS, strict=True))
                 print(f"| {percent:g}% | {criterion} | {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -6,9 +6,9 @@ which experts to keep by that.
     layers = calibrate(session, watch, texts, n_experts, progress)
     keep_best(layers[3].scores("impact"), n_keep=48)     # layer 3's best experts
 
-What an expert adds for a token is its router weight times the norm of its output. `impact` sums the square roots of that
-over the tokens: an expert matters if many tokens use it, and more if it adds much. The root keeps few tokens with huge
-outputs, such as the first of a text (attention sinks), from deciding; docs/prune.md has the comparison.
+What an expert adds for a token is its router weight times the norm of its output. `impact` sums the square roots of
+that over the tokens: an expert matters if many tokens use it, and more if it adds much. The root keeps few tokens with
+huge outputs, such as the first of a text (attention sinks), from deciding; docs/prune.md has the comparison.
 
 Source: for `reap` Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE compression, 2025, equation 9
 (the mean, over the tokens that are routed to an expert, of its router weight times the norm of its output).
@@ -29,12 +29,15 @@ from moelocal.errors import BadRequest, MoelocalError
 Criterion = Literal["impact", "reap", "frequency"]
 LEAST_TOKENS = 256
 """A shorter text says nothing about which experts are needed."""
+ENOUGH_CHOICES = 100
+"""Mean choices of an expert from which on its count is known to about 10 % (the error of a count is its root)."""
 
 
 @dataclass(slots=True)
 class Saliency:
     """One layer's sums over a text: `counts` how often each expert was chosen, `mass` the router weights that it got,
-    `added` those weights times the norms of its outputs, `impact` the roots of these products. `n_tokens` were routed."""
+    `added` those weights times the norms of its outputs, `impact` the roots of these products. `n_tokens` were
+    routed."""
 
     n_experts: int
     n_tokens: int = 0

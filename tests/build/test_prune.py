@@ -17,6 +17,7 @@ from moelocal.errors import BadRequest, MoelocalError
 from moelocal.model.facts import read_facts
 from moelocal.model.header import GGUFHeader, TensorInfo, read_header
 from moelocal.plan.planner import Plan
+from scripts.prune_table import N_QUESTIONS, ask, calibration_text, choices, watched
 from tests.conftest import DEMO
 
 Tiny = Callable[[str], Path]
@@ -149,3 +150,15 @@ def test_short_texts_and_interruptions_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(cut_of(DEMO, 12), tmp_path / "a.gguf", stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_keeps_the_demos_answers(tmp_path: Path) -> None:
+    """At 75 %, decided on other questions; random choices and REAP lose many of them."""
+    header, right = read_header(DEMO), {}
+    for name, draws in choices([watched(calibration_text(1, 150), 1)], n_keep=12, n_random=2).items():
+        right[name] = []
+        for kept in draws:
+            write(Cut(header, look(header), kept, RECORD), tmp_path / "made.gguf", lambda _: None, replace_it=True)
+            right[name].append(sum(ask(tmp_path / "made.gguf", 1, N_QUESTIONS).right))
+    assert right["impact"][0] >= 36
+    assert right["impact"][0] > max(right["reap"] + right["random"])
