@@ -1,6 +1,6 @@
-"""Prunes the demo by each criterion of `moelocal prune` and at random, and prints what each leaves: right answers of the
-40 questions of demo_questions.py and of 200 others, and on these answers the KL divergence from the whole model and how
-often the likeliest token is the same. Every figure is the median of several draws of the calibration text (of several
+"""Prunes the demo by each criterion of `moelocal prune` and at random, and prints what each leaves: right answers of
+the 40 questions of demo_questions.py and of 200 others, and on these answers the KL divergence from the whole model and
+how often the likeliest token is the same. Every figure is the median of several draws of the calibration text (of several
 random choices for `random`), then the least and the most.
 
 A calibration text has 400 questions with answers in the demo's chat format, none of which is asked. An answer is right

@@ -302,8 +302,8 @@ def _tell_doubts(texts: Sequence[Passage], seen: Mapping[int, Saliency], experts
     if n_choices < ENOUGH_CHOICES:
         n_enough = math.ceil(ENOUGH_CHOICES * experts.n_experts / experts.n_used)
         note(
-            f"The text has {n_tokens:,} tokens, {n_choices:.0f} choices of each expert on average: what stays is partly "
-            f"chance. Better: {n_enough:,} tokens or more."
+            f"The text has {n_tokens:,} tokens, {n_choices:.0f} choices of each expert on average: what stays is "
+            f"partly chance. Better: {n_enough:,} tokens or more."
         )
 
 
