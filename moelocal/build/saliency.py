@@ -4,10 +4,14 @@ which experts to keep by that.
     watch = Watch(outputs=True)
     ...                                                  # a session loaded with it
     layers = calibrate(session, watch, texts, n_experts, progress)
-    keep_best(layers[3].scores("reap"), n_keep=48)       # layer 3's best experts
+    keep_best(layers[3].scores("impact"), n_keep=48)     # layer 3's best experts
 
-Source: Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE compression, 2025, equation 9 (the mean,
-over the tokens that are routed to an expert, of its router weight times the norm of its output).
+What an expert adds for a token is its router weight times the norm of its output. `impact` sums the square roots of
+that over the tokens: an expert matters if many tokens use it, and more if it adds much. The root keeps few tokens with
+huge outputs, such as the first of a text (attention sinks), from deciding; docs/prune.md has the comparison.
+
+Source: for `reap` Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE compression, 2025, equation 9
+(the mean, over the tokens that are routed to an expert, of its router weight times the norm of its output).
 """
 
 from __future__ import annotations
@@ -22,25 +26,30 @@ from moelocal.engine.session import Session
 from moelocal.engine.watch import Choices, Watch
 from moelocal.errors import BadRequest, MoelocalError
 
-Criterion = Literal["reap", "frequency"]
+Criterion = Literal["impact", "reap", "frequency"]
 LEAST_TOKENS = 256
 """A shorter text says nothing about which experts are needed."""
+ENOUGH_CHOICES = 100
+"""Mean choices of an expert from which on its count is known to about 10 % (the error of a count is its root)."""
 
 
 @dataclass(slots=True)
 class Saliency:
     """One layer's sums over a text: `counts` how often each expert was chosen, `mass` the router weights that it got,
-    `impact` those weights times the norms of its outputs. `n_tokens` were routed."""
+    `added` those weights times the norms of its outputs, `impact` the roots of these products. `n_tokens` were
+    routed."""
 
     n_experts: int
     n_tokens: int = 0
     counts: list[int] = field(init=False)
     mass: list[float] = field(init=False)
+    added: list[float] = field(init=False)
     impact: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = [0] * self.n_experts
         self.mass = [0.0] * self.n_experts
+        self.added = [0.0] * self.n_experts
         self.impact = [0.0] * self.n_experts
 
     def add(self, choices: Choices, is_weighted: bool = False) -> None:
@@ -62,14 +71,17 @@ class Saliency:
             self.mass = (np.bincount(experts, weights, n) + self.mass).tolist()
         if len(norms) == len(experts) == len(weights):
             products = norms if is_weighted else norms * weights
-            self.impact = (np.bincount(experts, products, n) + self.impact).tolist()
+            self.added = (np.bincount(experts, products, n) + self.added).tolist()
+            self.impact = (np.bincount(experts, np.sqrt(np.abs(products)), n) + self.impact).tolist()
 
     def scores(self, criterion: Criterion) -> list[float]:
-        """How much each expert matters: for `reap` the mean impact on a token that it was chosen for, for `frequency`
-        the number of those tokens."""
+        """How much each expert matters: for `impact` the sum of its roots, for `reap` the mean of what it adds to a
+        token that it was chosen for, for `frequency` the number of those tokens."""
         if criterion == "frequency":
             return [float(count) for count in self.counts]
-        return [impact / count if count else 0.0 for impact, count in zip(self.impact, self.counts, strict=True)]
+        if criterion == "impact":
+            return list(self.impact)
+        return [added / count if count else 0.0 for added, count in zip(self.added, self.counts, strict=True)]
 
 
 def keep_best(scores: Sequence[float], n_keep: int, n_groups: int = 1) -> tuple[int, ...]:
@@ -139,7 +151,7 @@ def _chunks(session: Session, tokens: Sequence[int]) -> list[list[int]]:
 
 def _check(found: Mapping[int, Saliency]) -> None:
     for layer, one in found.items():
-        if not all(map(math.isfinite, one.impact)):
+        if not all(map(math.isfinite, one.added)):
             raise MoelocalError(
                 f"The experts of layer {layer} give no numbers for this text.",
                 "The file may be damaged: moelocal eval shows whether the model works at all.",

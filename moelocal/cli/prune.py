@@ -39,10 +39,10 @@ class Pruning:
         Criterion,
         opt.option(
             "--criterion",
-            "reap: router weight times what the expert adds, mean of its tokens; frequency: how often it is chosen. "
-            "[reap]",
+            "impact: root of router weight times norm of the expert's output, summed over the text; reap: mean of that "
+            "product over the expert's own tokens; frequency: how often it is chosen. [impact]",
         ),
-    ] = "reap"
+    ] = "impact"
     text: Annotated[
         str | None,
         opt.option(
@@ -79,7 +79,8 @@ def prune(
 ) -> None:
     """Drop the experts that matter least for a text, as many in each layer. The rest stays as it is, bit for bit.
 
-    The text decides: what it does not need is lost. Without --text, short passages of six domains are run.
+    The text decides: what it does not need is lost. Without --text, short passages of six domains are run, enough for a
+    first look only. For a chat model give conversations in its own format, with --parse-special.
     """
     begin = time.perf_counter()
     from moelocal.cli.guard import guard

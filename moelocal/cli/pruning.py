@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from moelocal.cli.options import Placement
     from moelocal.cli.prune import Pruning
     from moelocal.measure.evaluate import Result
+    from moelocal.measure.routing import Passage
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
 
@@ -278,8 +280,31 @@ def _run(task: Task) -> tuple[dict[int, Saliency], str, str]:
     with opened.session as session, quiet_keys(), LoadingBar("Running the text", silent=task.verbose) as bar:
         tokens = [session.tokenize(one.text, special=task.pruning.parse_special) for one in texts]
         seen = calibrate(session, watch, tokens, n_experts, bar.update)
+    _tell_doubts(texts, seen, task.source.experts)
     names = ", ".join(one.name for one in texts)
     return seen, f"{max(one.n_tokens for one in seen.values()):,} tokens of {names}", sha256
+
+
+def _tell_doubts(texts: Sequence[Passage], seen: Mapping[int, Saliency], experts: Experts) -> None:
+    """Says when what stays was decided on too little."""
+    from moelocal.build.saliency import ENOUGH_CHOICES
+    from moelocal.cli.messages import note
+    from moelocal.measure.routing import built_in
+
+    if texts == built_in():
+        note(
+            "Decided on the built-in passages, which are short and know nothing of what you use the model for. Better: "
+            "--text FILE, for a chat model with conversations in its own format and --parse-special."
+        )
+        return
+    n_tokens = max(one.n_tokens for one in seen.values())
+    n_choices = n_tokens * experts.n_used / experts.n_experts
+    if n_choices < ENOUGH_CHOICES:
+        n_enough = math.ceil(ENOUGH_CHOICES * experts.n_experts / experts.n_used)
+        note(
+            f"The text has {n_tokens:,} tokens, {n_choices:.0f} choices of each expert on average: what stays is "
+            f"partly chance. Better: {n_enough:,} tokens or more."
+        )
 
 
 def compare(task: Task, output: Path, text: str) -> Result:

@@ -17,6 +17,7 @@ from moelocal.errors import BadRequest, MoelocalError
 from moelocal.model.facts import read_facts
 from moelocal.model.header import GGUFHeader, TensorInfo, read_header
 from moelocal.plan.planner import Plan
+from scripts.prune_table import N_QUESTIONS, ask, calibration_text, choices, watched
 from tests.conftest import DEMO
 
 Tiny = Callable[[str], Path]
@@ -33,8 +34,10 @@ def test_scores_by_hand() -> None:
     assert (one.n_tokens, one.counts, one.mass) == (2, [1, 2, 1], [0.75, 0.75, 0.5])
     assert one.scores("frequency") == [1.0, 2.0, 1.0]
     assert one.scores("reap") == [3.0, (2.0 + 1.0) / 2, 0.5]  # mean over its tokens of weight times norm
+    assert one.scores("impact") == pytest.approx([3**0.5, 2**0.5 + 1.0, 0.5**0.5])  # their roots, summed
     one.add(choices, is_weighted=True)
-    assert one.impact == [3.0 + 4.0, 3.0 + 10.0, 0.5 + 1.0]
+    assert one.added == [3.0 + 4.0, 3.0 + 10.0, 0.5 + 1.0]
+    assert one.impact == pytest.approx([3**0.5 + 2.0, 2**0.5 + 1.0 + 8**0.5 + 2**0.5, 0.5**0.5 + 1.0])
     with pytest.raises(ValueError, match="expert 3 of 3"):
         one.add(Choices(1, array("i", [3])))
 
@@ -147,3 +150,15 @@ def test_short_texts_and_interruptions_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(cut_of(DEMO, 12), tmp_path / "a.gguf", stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_keeps_the_demos_answers(tmp_path: Path) -> None:
+    """At 75 %, decided on other questions; random choices and REAP lose many of them."""
+    header, right = read_header(DEMO), {}
+    for name, draws in choices([watched(calibration_text(1, 150), 1)], n_keep=12, n_random=2).items():
+        right[name] = []
+        for kept in draws:
+            write(Cut(header, look(header), kept, RECORD), tmp_path / "made.gguf", lambda _: None, replace_it=True)
+            right[name].append(sum(ask(tmp_path / "made.gguf", 1, N_QUESTIONS).right))
+    assert right["impact"][0] >= 36
+    assert right["impact"][0] > max(right["reap"] + right["random"])
