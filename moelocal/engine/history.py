@@ -22,7 +22,6 @@ from moelocal.model.kv import KVType
 from moelocal.paths import runs_file
 from moelocal.plan.calibration import Difference, Run
 from moelocal.plan.cost import Placement, Setting
-from moelocal.plan.memory import CPU
 
 if TYPE_CHECKING:
     from moelocal.engine.meter import Meter
@@ -149,7 +148,7 @@ def _around(session: Session, machine: Machine) -> tuple[int, tuple[Difference, 
     from moelocal.engine.allocation import off_plan
 
     plan = session.plan
-    ram_bytes = next((use.budget_bytes for use in plan.per_device if use.name == CPU), machine.ram_free_bytes)
+    ram_bytes = machine.ram_free_bytes if plan.ram_bytes is None else plan.ram_bytes
     comparable = plan.n_ctx == session.n_ctx and not plan.disk_bytes
     off = tuple(Difference(*one) for one in off_plan(plan.per_device, session.allocated)) if comparable else ()
     return ram_bytes, off

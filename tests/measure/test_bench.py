@@ -13,6 +13,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +267,33 @@ def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.
     [run] = read_runs(subject.path, here)
     assert (run.n_prompt, run.prompt_s, run.n_decoded, run.decode_s, run.n_depth) == (512, 8.0, 128, 2.0, 64)
     assert run.setting == plan.setting and run.is_whole
+
+
+def test_it_predicts_what_a_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same counts of tokens, with what earlier runs taught, and within the RAM that was asked for."""
+    from moelocal.cli import bench
+    from moelocal.machine.hardware import Device, detect
+    from moelocal.plan.calibration import Calibration, Run
+    from moelocal.plan.planner import PlanRequest, make_plan
+    from moelocal.plan.request import turn_of
+
+    subject = bench.subject_of(str(DEMO))
+    here = detect((Device("CPU", "chip", "cpu", 8 << 30, 8 << 30),), "1.0")
+    request = PlanRequest(n_ctx=4096)
+    setting, turn = make_plan(subject.facts, here, request).setting, turn_of(request)
+    assert setting is not None
+    runs = [Run(setting, 8 << 30, 512, 20.0, 20.0, 600, 128, 32.0, 1.0)]  # 25.6 and 4 tokens/s
+    subject = subject._replace(history=Calibration(subject.facts, here, runs))
+    monkeypatch.setattr("moelocal.measure.bench.measure", lambda *_: Samples((1.0,), 1, 0))
+    for ram_bytes in (8 << 30, 280 << 20):
+        plan = make_plan(subject.facts, here, replace(request, ram_bytes=ram_bytes), subject.history)
+        assert plan.predicted is not None and plan.predicted.decode_per_s < 10
+        assert bool(plan.disk_bytes) == (ram_bytes < 1 << 30)
+        tests = [BenchTest(turn.n_prompt, 0, turn.n_depth - turn.n_prompt), BenchTest(0, 128, turn.n_depth - 64)]
+        work = bench._Bench(here, tests, 1, (), verbose=True)
+        rows = [work._row(subject, plan, SimpleNamespace(), test, print) for test in tests]  # type: ignore[arg-type]
+        assert rows[0].predicted_per_s == pytest.approx(plan.predicted.prefill_per_s)
+        assert rows[1].predicted_per_s == pytest.approx(plan.predicted.decode_per_s)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
