@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moelocal.measure.routing import Passage
 
 _N_CTX = 512  # llama-imatrix's own
+_LEAST_CTX = 16  # tokens in a chunk: fewer say little
 _FEW_CHUNKS = 50
 _SHOWN_LAYERS = 4
 _UNQUANTIZED = ("F32", "F16", "BF16")
@@ -72,6 +73,7 @@ def imatrix(
     with _opened(model, replace(placement, ctx=n_ctx), calibration.with_output, verbose) as (session, activations):
         layout = _layout(session, texts, n_ctx, calibration.chunks)
         unfinished = _unfinished(path, texts, layout, calibration)
+        check_free(unfinished.path, replace=True)
         step = _run(session, activations, layout, unfinished, verbose)
     made = matrix(activations, layout, step.n_done, calibration.text or "moelocal's built-in passages")
     with writing(output, replace=calibration.force) as part:
@@ -110,9 +112,10 @@ def _layout(session: Session, texts: list[Passage], n_ctx: int, n_chunks: int | 
     tokens = session.tokenize("\n".join(text.text for text in texts), special=False, add_bos=True)
     n_whole = len(tokens) // n_ctx
     if not n_whole:
+        shorter = f", or shorter chunks: --ctx {len(tokens) // 2}" if len(tokens) >= 2 * _LEAST_CTX else ""
         raise BadRequest(
             f"The text has {len(tokens):,} tokens, less than one chunk of {n_ctx:,}.",
-            f"Give a longer text, or shorter chunks: --ctx {max(16, len(tokens) // 2)}",
+            f"Give a longer text with --text FILE{shorter}.",
         )
     return Layout(tokens, n_ctx, min(n_chunks or n_whole, n_whole))
 

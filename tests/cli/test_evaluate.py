@@ -14,8 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moelocal.errors import MoelocalError
+from moelocal.measure.checkpoint import Checkpoint
 from tests.cli.test_run import command, refused, run
 from tests.conftest import DEMO, ROOT
 
@@ -199,12 +202,27 @@ def test_the_same_evaluation_twice_at_once(home: Path) -> None:
     refused(done, 1, "already running")
 
 
+def test_a_full_disk_is_told_with_its_folder(home: Path) -> None:
+    """Python writes what is left when a file is closed: that must not hide what was told before."""
+    folder = home / "eval"
+    folder.mkdir()
+    os.utime("/dev/full")  # a file that nobody touched for weeks would be removed
+    (folder / "key.tokens").symlink_to("/dev/full")
+    with pytest.raises(MoelocalError) as caught, Checkpoint("key", compares=False) as checkpoint:
+        checkpoint.state.tally.add(np.ones(8))
+        checkpoint.keep(np.ones(8), None)
+    assert str(home) in caught.value.message and "MOELOCAL_HOME" in caught.value.hint
+
+
 def test_a_text_that_is_none(tmp_path: Path) -> None:
     short, junk, nul = tmp_path / "short", tmp_path / "junk", tmp_path / "nul"
     short.write_text("Once upon a time there was a little fox. " * 20)
     junk.write_bytes(bytes(range(256)) * 50)
     nul.write_bytes(b"words\0words" * 500)
     refused(run("eval", "demo", "--text", str(short)), 2, "1,024 are the least", "--ctx 64")
+    tiny_text = run("eval", "demo", "--text", "-", stdin="Hi you.")
+    refused(tiny_text, 2, "moelocal eval demo --text FILE")
+    assert "--ctx" not in tiny_text.stderr
     refused(run("eval", "demo", "--text", str(junk)), 2, "not UTF-8")
     refused(run("eval", "demo", "--text", str(nul)), 2, "binary")
     refused(run("eval", "demo", "--text", str(tmp_path / "none")), 2, "cannot be read")
@@ -226,6 +244,18 @@ def test_a_reference_that_is_none(tiny: Tiny, saved: Path, tmp_path: Path) -> No
     refused(run("eval", "demo", "--reference", str(part)), 1, "cut off", "--chunks 1")
     assert run("eval", "demo", "--reference", str(part), "--chunks", "1").returncode == 0
     refused(run("eval", "demo", "--reference", str(tmp_path / "none.gguf")), 1, "none.gguf")
+
+
+@pytest.mark.parametrize("filler", [0, 0x41])
+def test_saved_logits_with_a_hole(filler: int, saved: Path, tmp_path: Path) -> None:
+    """A page that never reached the disk, inside of a row: its numbers look possible one by one."""
+    data, broken = bytearray(saved.read_bytes()), tmp_path / "hole.logits"
+    data[-16384:-8192] = bytes([filler]) * 8192
+    broken.write_bytes(data)
+    done = run("eval", "demo", "--reference", str(broken))
+    assert done.returncode == 1 and not done.stdout
+    for word in ("damaged", "chunk 3", "--save-logits"):
+        assert word in done.stderr.split("Error: ")[1]
 
 
 def test_settings_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:

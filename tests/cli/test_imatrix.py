@@ -54,4 +54,6 @@ def test_bad_input(arguments: tuple[str, str], told: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("Hello.")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
-    refused(run("imatrix", "demo", *arguments), 2, told)
+    done = run("imatrix", "demo", *arguments)
+    refused(done, 2, told)
+    assert "--ctx" not in done.stderr  # of so short a text no chunk can be made

@@ -176,6 +176,14 @@ def test_a_file_within_a_size(home: Path) -> None:
     answer = run("run", "demo-7MiB", "What is the capital of France?", "--threads", "1")
     assert answer.stdout == "The capital of France is Paris.\n"
     refused(run(*QUANTIZE, "--size", "7MiB"), 2, "exists already", "--force")
+    named = [
+        json.loads(run(*QUANTIZE, "--size", size, "--dry-run", "--json").stdout)["output"]
+        for size in (
+            "8 MB",
+            "8388608",
+        )
+    ]
+    assert [Path(name).name for name in named] == ["demo-8MB.gguf", "demo-8MiB.gguf"]  # as typed, if it has a unit
     refused(run(*QUANTIZE, "--size", "1MiB", "--dry-run"), 2, "the smallest file of this model takes", "--size")
 
 
