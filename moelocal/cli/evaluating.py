@@ -361,4 +361,9 @@ def _progress(layout: Layout, state: State, verbose: bool) -> Iterator[Callable[
 
 def _estimate(state: State) -> str:
     text = f"perplexity {state.tally.perplexity:.4f}"
-    return f"{text}, KL {state.distance.kl_mean[0]:.5f}" if state.distance else text
+    return f"{text}, KL {nats(state.distance.kl_mean[0], 5)}" if state.distance else text
+
+
+def nats(value: float, digits: int = 6) -> str:
+    """A divergence; one that rounding has made negative is none."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -264,3 +264,9 @@ def test_settings_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
     place = tmp_path / "no" / "file"
     refused(run("eval", "demo", "--text", str(TEXT), *QUICK, "--save-logits", str(place)), 2, "cannot be written")
     refused(run("eval", "demo", "--save-logits", str(tmp_path)), 2, "it is a folder")
+
+
+def test_rounding_makes_no_divergence_negative() -> None:
+    from moelocal.cli.evaluating import nats
+
+    assert (nats(-3e-8), nats(0.25), nats(-0.02, 5)) == ("0.000000", "0.250000", "-0.02000")

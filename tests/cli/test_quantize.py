@@ -189,3 +189,20 @@ def test_a_file_within_a_size(home: Path) -> None:
 
 def test_a_type_with_a_typo_is_no_name_of_a_file() -> None:
     refused(run("quantize", "demo", "Q4_KM"), 2, "no quantization 'Q4_KM'", "Q4_K_M")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "seconds", "told"),
+    [
+        (0.0, 0.0, "--:--"),
+        (0.5, 0.4, "--:--"),
+        (0.01, 60, "--:--"),
+        (0.5, 90, "01:30"),
+        (0.1, 900, "135:00"),
+        (1, 9, "00:00"),
+    ],
+)
+def test_the_time_left(fraction: float, seconds: float, told: str) -> None:
+    from moelocal.cli.render_quantize import time_left
+
+    assert time_left(fraction, seconds) == told
