@@ -87,7 +87,7 @@ def play(scene: Scene, folder: Path) -> pyte.Screen:
         "TERM": "xterm-256color",
         "COLORTERM": "truecolor",
         "PATH": path,
-        "MOELOCAL_HOME": str(folder / "home"),
+        "MOELOCAL_HOME": "moelocal",  # in `folder`: the pictures show no path of this machine
     }
     stream.feed(b"\x1b[1;32m$\x1b[0m " + scene.command.encode() + b"\r\n")
     process = subprocess.Popen(
