@@ -7,13 +7,13 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moelocal.cli import options as opt
-from moelocal.errors import BadRequest
+from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
     from moelocal.build.imatrix import Layout, Step, Unfinished
@@ -54,9 +54,8 @@ def imatrix(
     The text runs in chunks of --ctx tokens, by default 512. An interrupted run goes on when it is started again. The
     matrix of the F16 or Q8_0 file serves all quantizations of a model.
     """
-    from moelocal.build import imatrix_file
     from moelocal.build.imatrix import default_output, matrix
-    from moelocal.build.output import check_free, writing
+    from moelocal.build.output import check_free
     from moelocal.cli.guard import guard
     from moelocal.cli.texts import passages
     from moelocal.model.store import resolve
@@ -76,9 +75,7 @@ def imatrix(
         check_free(unfinished.path, replace=True)
         step = _run(session, activations, layout, unfinished, verbose)
     made = matrix(activations, layout, step.n_done, calibration.text or "moelocal's built-in passages")
-    with writing(output, replace=calibration.force) as part:
-        imatrix_file.write(part, made)
-    unfinished.remove()
+    _write(output, made, unfinished, calibration.force)
     if as_json:
         print(json.dumps(_document(model, output, made, step, time.monotonic() - start), ensure_ascii=False))
     else:
@@ -178,6 +175,26 @@ def _progress(n_chunks: int, n_done: int, verbose: bool) -> Iterator[Any]:
             print(f"chunk {step.n_done:,} of {n_chunks:,}: {_so_far(step)}", file=sys.stderr, flush=True)
 
     yield tell
+
+
+def _write(output: Path, made: Imatrix, unfinished: Unfinished, force: bool) -> None:
+    """Writes the file. What hours collected is not lost where it cannot be written.
+
+    Raises:
+        MoelocalError: no room, or no right to write.
+    """
+    from moelocal.build import imatrix_file
+    from moelocal.build.output import writing
+
+    try:
+        with writing(output, replace=force) as part:
+            imatrix_file.write(part, made)
+    except MoelocalError as error:
+        with suppress(MoelocalError):
+            unfinished.save(made)
+            error.hint += " What was collected is kept: the same command then only writes it."
+        raise
+    unfinished.remove()
 
 
 def _so_far(step: Step) -> str:

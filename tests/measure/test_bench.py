@@ -241,6 +241,38 @@ def test_the_table_fits_the_window(width: int, monkeypatch: pytest.MonkeyPatch, 
     assert "of the limit" in page and "█" in page and ("predicted" in page) == (width >= 80)
 
 
+def test_bars_tell_what_they_are(tmp_path: Path) -> None:
+    """Whatever differs is in a bar's label; a picture for sharing shows no folders, and what it was measured with."""
+    from moelocal.cli import render_bench
+    from moelocal.cli.bench import Result, subject_of
+
+    subject = subject_of("demo")
+    path = f"{tmp_path}/{'a-model-with-a-long-name-' * 3}Q4_K_M.gguf"
+    rows = [
+        replace(row(80.0, setting=replace(SETTING, kv_type=kind, n_ubatch=n_ubatch)), model=model)
+        for model in ("demo", path)
+        for kind in ("f16", "q8_0")
+        for n_ubatch in (512, 2048)
+    ]
+    rows[-1] = replace(rows[-1], setting=replace(rows[-1].setting, expert_layers={"CPU": [0]}))
+    picture = str(render_bench.chart([Result(one, subject, None) for one in rows], parse_machine("ram=8GiB")))
+    words = re.findall(r'font-size="12"[^>]*text-anchor="end"[^>]*>([^<]*)<', picture)
+    assert len(set(words)) == len(rows) and str(tmp_path) not in picture
+    assert "roofline" not in re.sub("<title>.*?</title>", "", picture)  # it is beyond what is drawn
+    assert "demo: llama 13.9M" in picture and "2 threads" in picture
+    same = [
+        replace(one, setting=replace(one.setting, expert_layers={"CPU": list(range(n))}))
+        for n, one in (
+            (4, rows[0]),
+            (4, rows[1]),
+            (6, rows[4]),
+            (6, rows[5]),
+        )
+    ]
+    results = [Result(one, subject, None) for one in same]
+    assert "in RAM" not in render_bench._settings(results[0], results)  # each model has its own number of layers
+
+
 def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the planner's own setting it counts as an answer does; what other programs slowed down does not."""
     from moelocal.cli import bench
