@@ -42,17 +42,24 @@ class Calibration:
     force: Annotated[bool, opt.option("--force", "Replace the matrix if it exists.")] = False
 
 
+@dataclass(frozen=True, slots=True)
+class Chunked(opt.Placement):
+    """How the model runs, a chunk of the text at a time."""
+
+    ctx: Annotated[int | None, opt.option("--ctx", "Tokens of a chunk of the text. [512]", "N", min=_LEAST_CTX)] = None
+
+
 def imatrix(
     model: opt.Model,
     calibration: Calibration,
-    placement: opt.Placement,
+    placement: Chunked,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Make an importance matrix from a text: quantize then spares the weights that matter.
 
-    The text runs in chunks of --ctx tokens, by default 512. An interrupted run goes on when it is started again. The
-    matrix of the F16 or Q8_0 file serves all quantizations of a model.
+    An interrupted run goes on when it is started again. The matrix of the F16 or Q8_0 file serves all quantizations of
+    a model.
     """
     from moelocal.build.imatrix import default_output, matrix
     from moelocal.build.output import check_free

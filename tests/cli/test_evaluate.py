@@ -143,8 +143,16 @@ def wait_for_chunks(home: Path, n: int) -> None:
     raise AssertionError("no chunk was done")
 
 
-def test_ctx_is_explained_as_the_chunk_it_is() -> None:
-    assert "Tokens of a chunk" in run("eval", "--help").stdout
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval", "Tokens of a chunk of the text. [512"),
+        ("imatrix", "Tokens of a chunk of the text. [512]"),
+        ("experts", "Tokens read at once"),
+    ],
+)
+def test_ctx_is_explained_as_the_chunk_it_is(command: str, told: str) -> None:
+    assert told in " ".join(run(command, "--help").stdout.split())
 
 
 def test_a_terminal_does_not_echo_into_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
