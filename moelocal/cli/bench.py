@@ -279,9 +279,10 @@ class _Bench:
         from moelocal.units import format_bytes
 
         if plan.disk_bytes:
-            note(
-                f"{format_bytes(plan.disk_bytes)} of {subject.reference} do not fit into RAM: the disk is measured too."
-            )
+            is_asked = plan.ram_bytes is not None and plan.ram_bytes < self._machine.ram_free_bytes
+            told = "are beyond --ram, but free memory may hold them: with so little RAM it would be slower."
+            size = f"{format_bytes(plan.disk_bytes)} of {subject.reference}"
+            note(f"{size} {told if is_asked else 'do not fit into RAM: the disk is measured too.'}")
         llama.offload_prompts_from(offload_min_batch(subject.facts))
         paths = [Path(shard) for shard in subject.header.shards] or [subject.path]
         with LoadingBar(f"Loading {subject.reference}", silent=self._verbose) as bar:

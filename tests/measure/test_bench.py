@@ -295,6 +295,12 @@ def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.
     share = 0.0
     list(work.rows(subject, [plan], teaches=False))
     assert not read_runs(subject.path, here)
+    within = make_plan(subject.facts, here, PlanRequest(n_ctx=1024, ram_bytes=266 << 20))
+    assert within.disk_bytes  # as planned; in truth free memory holds it, so this is not the disk's speed
+    session.plan = within
+    list(work.rows(subject, [within], teaches=True))
+    assert not read_runs(subject.path, here)
+    session.plan = plan
     list(work.rows(subject, [plan], teaches=True))
     [run] = read_runs(subject.path, here)
     assert (run.n_prompt, run.prompt_s, run.n_decoded, run.decode_s, run.n_depth) == (512, 8.0, 128, 2.0, 64)
