@@ -1,12 +1,13 @@
 """Where moelocal keeps what belongs to this user: profiles, history, conversations, models made here; and paths as
 people type them."""
 
+import errno
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from moelocal.errors import BadRequest
+from moelocal.errors import BadRequest, MoelocalError
 
 
 def user_path(text: str) -> Path:
@@ -38,6 +39,32 @@ def user_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or user_path("~") / "AppData" / "Local") / "moelocal"
     return Path(os.environ.get("XDG_DATA_HOME") or user_path("~") / ".local" / "share") / "moelocal"
+
+
+def cannot_keep(what: str, error: OSError) -> MoelocalError:
+    """The error for what was to be kept in `user_home()` and could not be written there. `what` begins the sentence."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Make room there" if is_full else "Let it be written to"
+    return MoelocalError(
+        f"{what} cannot be kept in {user_home()}: {error.strerror}.",
+        f"{remedy}, or choose another folder: export MOELOCAL_HOME=FOLDER",
+    )
+
+
+def check_home(what: str) -> None:
+    """Looks whether something can be kept in `user_home()`, before long work for it. `what` begins the sentence.
+
+    Raises:
+        MoelocalError: it cannot.
+    """
+    import tempfile
+
+    try:
+        user_home().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=user_home()) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise cannot_keep(what, error) from error
 
 
 def hub_folder(environ: Mapping[str, str] = os.environ) -> Path:

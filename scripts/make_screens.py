@@ -68,6 +68,9 @@ SCENES = (
     Scene("bench", "moelocal bench demo --depth 0,1024 --threads 1,2", columns=104),
     Scene("experts", "moelocal experts demo", columns=100, rows=48),
     Scene("eval", "moelocal eval demo --kv-type q4_0 --reference demo", columns=100),
+    Scene("imatrix", "moelocal imatrix demo", columns=100),
+    Scene("quantize", "moelocal quantize demo --size 8MiB --requantize --dry-run", columns=100),
+    Scene("prune", "moelocal prune demo --keep 75% --dry-run", columns=100),
     Scene("errors", 'moelocal run demo "Who are you?" --max-tokens 0; moelocal run qwen.gguf hello'),
 )
 
@@ -84,7 +87,7 @@ def play(scene: Scene, folder: Path) -> pyte.Screen:
         "TERM": "xterm-256color",
         "COLORTERM": "truecolor",
         "PATH": path,
-        "MOELOCAL_HOME": str(folder / "home"),
+        "MOELOCAL_HOME": "moelocal",  # in `folder`: the pictures show no path of this machine
     }
     stream.feed(b"\x1b[1;32m$\x1b[0m " + scene.command.encode() + b"\r\n")
     process = subprocess.Popen(

@@ -11,6 +11,7 @@ type in ModelBase.__init__).
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -136,8 +137,9 @@ def _no_checkpoint(folder: Path) -> BadRequest:
             f"{folder} is a checkpoint in the publisher's own format (params.json).",
             "Take the one with config.json: most are published in both forms.",
         )
-    if any(name.endswith(".gguf") for name in names):
-        return BadRequest(f"{folder} holds a GGUF file: there is nothing to convert.", "Run it by its path.")
+    if made := sorted(name for name in names if name.endswith(".gguf")):
+        run = f"Run it: moelocal run {shlex.quote(str(folder / made[0]))}"
+        return BadRequest(f"{folder} holds a GGUF file: there is nothing to convert.", run)
     below = next((path.parent for path in sorted(folder.glob("*/config.json"))), None) if folder.is_dir() else None
     hint = f"Is it {below}?" if below else "Name the folder that has config.json, the weights and the tokenizer in it."
     return BadRequest(f"{folder} holds no checkpoint: there is no config.json in it.", hint)

@@ -100,7 +100,9 @@ def check_python(python: str) -> None:
         )
         missing = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise BadRequest(f"{python} is no Python that can be started.", "Name one that has torch.") from error
+        raise BadRequest(
+            f"{python} is no Python that can be started.", "Name one that has torch and transformers: --python PATH"
+        ) from error
     if missing:
         names = " and ".join([", ".join(missing[:-1]), missing[-1]]) if len(missing) > 1 else missing[0]
         raise MoelocalError(

@@ -94,7 +94,7 @@ def collect(session: Session, activations: Activations, layout: Layout, unfinish
         KeyboardInterrupt: Ctrl-C; what was saved last is kept.
         MoelocalError: llama.cpp failed, or nothing can be saved.
     """
-    n_done = _restore(activations, unfinished)
+    n_done = _restore(activations, unfinished, layout.n_chunks)
     before = _means(activations)
     yield Step(n_done, 0.0 if n_done else 1.0, seen_share(activations.tensors))
     saved, cost_s = time.monotonic(), 0.0
@@ -138,10 +138,10 @@ def unseen(entries: Mapping[str, Importance]) -> dict[int, list[int]]:
     return dict(sorted(found.items()))
 
 
-def _restore(activations: Activations, unfinished: Unfinished) -> int:
-    """Puts back what an earlier run left. Returns its chunks."""
+def _restore(activations: Activations, unfinished: Unfinished, n_most: int) -> int:
+    """Puts back what an earlier run left, unless that had more chunks than are wanted now. Returns its chunks."""
     earlier = unfinished.load()
-    if earlier is None:
+    if earlier is None or earlier.n_chunks > n_most:
         return 0
     activations.tensors = {
         name: Inputs(entry.sums.copy(), entry.counts.astype(np.float64)) for name, entry in earlier.entries.items()

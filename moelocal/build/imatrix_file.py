@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAGIC = b"GGUF"
+_ANEW = "Make it anew: moelocal imatrix MODEL --force; or go without: --imatrix none"
 _MOST_ENTRIES, _MOST_NAME_BYTES = 100_000, 4096  # of an older file: more is something else
 
 
@@ -78,7 +79,10 @@ def read(path: Path) -> Imatrix:
         raise MoelocalError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
     except (struct.error, ValueError, EOFError) as error:
         raise _no_imatrix(path) from error
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except BadGGUF as error:
+        raise MoelocalError(error.message, _ANEW) from error
     if header.metadata.get("general.type") != "imatrix":
         raise _no_imatrix(path)
     return _read_gguf(path, header)
@@ -89,7 +93,7 @@ def _read_gguf(path: Path, header: GGUFHeader) -> Imatrix:
     with path.open("rb") as stream:
         for tensor in header.tensors:
             if GGML_TYPES[tensor.ggml_type].name != "F32":
-                raise BadGGUF(f"{path.name}: {tensor.name} is not F32", tensor.offset, "Make it anew.")
+                raise BadGGUF(f"{path.name}: {tensor.name} is not F32", tensor.offset, _ANEW)
             stream.seek(tensor.offset)
             arrays[tensor.name] = np.frombuffer(stream.read(tensor.n_bytes), np.float32)
     entries = {}

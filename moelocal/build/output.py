@@ -102,11 +102,15 @@ def check_free(path: Path, replace: bool) -> None:
 
     Raises:
         BadRequest: `path` is a folder, or exists and may not be replaced.
+        MoelocalError: nothing can be written there.
     """
     if path.is_dir():
         raise BadRequest(f"{path} is a folder.", f"Name a file in it: {path / 'model.gguf'}")
     if path.exists() and not replace:
         raise BadRequest(f"{path} exists already.", "Name another one, or allow it to be replaced: --force")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise _unwritable(path, f"{folder} is {'read-only' if folder.is_dir() else 'no folder'}")
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -154,4 +158,9 @@ def _translated(error: OSError, path: Path) -> MoelocalError:
             f"The disk is full: {path.name} could not be written.",
             "Free some (moelocal list shows what is here, moelocal rm removes it), or name a file on another disk.",
         )
-    return MoelocalError(f"{path} cannot be written: {error.strerror or error}.", "Name another place for it.")
+    return _unwritable(path, error.strerror or str(error))
+
+
+def _unwritable(path: Path, why: str) -> MoelocalError:
+    hint = "Name a file elsewhere, or choose another folder for all that is made here: export MOELOCAL_HOME=FOLDER"
+    return MoelocalError(f"{path} cannot be written: {why}.", hint)

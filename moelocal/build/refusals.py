@@ -130,7 +130,7 @@ def _check_importance(job: QuantizeJob, changes: Sequence[TensorChange], imatrix
             make = f"moelocal imatrix {shlex.quote(job.shown)}"
             raise MoelocalError(
                 f"{job.kind.name} needs an importance matrix: {what} would be garbage without.",
-                f"Make one with {make}, then give it with --imatrix FILE; Q3_K_M and larger do without.",
+                f"Make one, which is found by itself then: {make}. Q3_K_M and larger do without.",
             )
         if change.name not in imatrix.entries:
             raise MoelocalError(

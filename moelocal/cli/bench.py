@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelocal.measure.bench_rows import Change, Row
     from moelocal.model.facts import ModelFacts
     from moelocal.model.header import GGUFHeader
+    from moelocal.plan.calibration import Calibration
     from moelocal.plan.planner import Plan
     from moelocal.plan.request import PlanRequest
 
@@ -128,12 +129,13 @@ class Output:
 
 
 class Subject(NamedTuple):
-    """A model to be measured."""
+    """A model to be measured. `history`: what was measured before, when it ran here."""
 
     reference: str
     path: Path
     header: GGUFHeader
     facts: ModelFacts
+    history: Calibration | None = None
 
     @property
     def file(self) -> tuple[int, str]:
@@ -160,7 +162,7 @@ def bench(
     """Measure tokens per second: prompts (pp) and generation (tg), as llama-bench defines them."""
     from moelocal.cli.guard import guard
     from moelocal.cli.messages import note
-    from moelocal.cli.opening import find_machine
+    from moelocal.cli.opening import find_machine, known
     from moelocal.cli.render_bench import show
     from moelocal.engine import llama
 
@@ -173,6 +175,7 @@ def bench(
     machine = find_machine(settings.rpc or ())
     if not any(speeds.measured for speeds in machine.speeds.devices.values()):
         note("Predicted speeds and rooflines are estimates until this machine is measured: moelocal doctor --probe")
+    subjects = [one._replace(history=known(one.path, one.facts, machine)) for one in subjects]
     plans = [(subject, _plans(subject, machine, requests, wanted)) for subject in subjects]
     results: list[Result] = []
     work = _Bench(machine, wanted, tests.repetitions, settings.rpc or (), verbose)
@@ -222,7 +225,7 @@ def _plans(
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     n_ctx = max(512, -(-n_ctx // 256) * 256)
     best = (tuned(request, subject.path, machine) for request in requests)
-    plans = [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx)) for request in best]
+    plans = [make_plan(subject.facts, machine, replace(request, n_ctx=n_ctx), subject.history) for request in best]
     distinct = {(plan.context, plan.threads, plan.threads_batch): plan for plan in plans}
     if len(distinct) < len(plans):
         note(f"Some of these settings are the same for {subject.reference} on this machine: each is measured once.")
@@ -276,9 +279,10 @@ class _Bench:
         from moelocal.units import format_bytes
 
         if plan.disk_bytes:
-            note(
-                f"{format_bytes(plan.disk_bytes)} of {subject.reference} do not fit into RAM: the disk is measured too."
-            )
+            is_asked = plan.ram_bytes is not None and plan.ram_bytes < self._machine.ram_free_bytes
+            told = "are beyond --ram, but free memory may hold them: with so little RAM it would be slower."
+            size = f"{format_bytes(plan.disk_bytes)} of {subject.reference}"
+            note(f"{size} {told if is_asked else 'do not fit into RAM: the disk is measured too.'}")
         llama.offload_prompts_from(offload_min_batch(subject.facts))
         paths = [Path(shard) for shard in subject.header.shards] or [subject.path]
         with LoadingBar(f"Loading {subject.reference}", silent=self._verbose) as bar:
@@ -299,15 +303,16 @@ class _Bench:
     ) -> Row:
         from moelocal.measure.bench import measure
         from moelocal.measure.bench_rows import Row, Setting
-        from moelocal.plan.cost import predict
+        from moelocal.plan.calibration import Calibration
         from moelocal.plan.roofline import decode_roofline_per_s, prefill_roofline_per_s
 
         has_nvidia = any(device.backend == "CUDA" for device in self._machine.devices)
         samples = measure(session, test, self._repetitions, on_run, has_nvidia)
         setting = plan.setting
-        assert setting is not None  # made by make_plan
+        assert setting is not None and plan.ram_bytes is not None  # made by make_plan
         n_depth = test.n_depth + (test.n_prompt or test.n_gen // 2)
-        told = predict(subject.facts, self._machine, setting, test.n_prompt or 512, n_depth)
+        history = subject.history or Calibration(subject.facts, self._machine, ())
+        told = history.predict(setting, plan.ram_bytes, test.n_prompt or 512, n_depth)
         if test.n_prompt:
             predicted, limit = told.prefill_per_s, prefill_roofline_per_s(subject.facts, self._machine, setting)
         else:

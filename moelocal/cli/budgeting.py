@@ -71,7 +71,10 @@ class Budget:
         """What a file made for it is named after; None: there is no budget."""
         from moelocal.units import parse_bytes
 
-        return "fit" if self.fit else None if self.size is None else _size_label(parse_bytes(self.size))
+        if self.fit or self.size is None:
+            return "fit" if self.fit else None
+        as_typed, size = "".join(self.size.split()), parse_bytes(self.size)
+        return as_typed if as_typed[-1].isalpha() else _size_label(size)
 
     def request(self) -> PlanRequest:
         """What the planner is asked.

@@ -204,6 +204,8 @@ def _name(model: str, evaluation: Evaluation, placement: opt.Placement) -> str:
 
 def report(result: Result, reference: str | None) -> list[str]:
     """The figures, a row each."""
+    from moelocal.cli.evaluating import nats
+
     layout, tally = result.layout, result.tally
     chunks = "1 chunk" if layout.n_chunks == 1 else f"{layout.n_chunks:,} chunks"
     rows = [
@@ -219,11 +221,11 @@ def report(result: Result, reference: str | None) -> list[str]:
         rows += [
             ("Reference", f"{base:.4f} ± {base_error:.4f}  {reference}"),
             ("Ratio", f"{ratio:.5f} ± {ratio_error:.5f}"),
-            ("KL divergence", f"{kl:.6f} ± {kl_error:.6f} nats per token"),
-            ("  median", f"{tail['kl_median']:.6f}"),
-            ("  99 %", f"{tail['kl_p99']:.6f}"),
-            ("  99.9 %", f"{tail['kl_p999']:.6f}"),
-            ("  largest", f"{tail['kl_max']:.6f}"),
+            ("KL divergence", f"{nats(kl)} ± {nats(kl_error)} nats per token"),
+            ("  median", nats(tail["kl_median"])),
+            ("  99 %", nats(tail["kl_p99"])),
+            ("  99.9 %", nats(tail["kl_p999"])),
+            ("  largest", nats(tail["kl_max"])),
             ("Same choice", f"{share:.3%} ± {share_error:.3%}"),
         ]
     return [f"{name:<14} {value}" for name, value in rows]

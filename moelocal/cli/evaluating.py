@@ -4,6 +4,7 @@ shown."""
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 from array import array
 from collections.abc import Callable, Iterator
@@ -262,10 +263,12 @@ def _text_of(task: Task, session: Session) -> Text:
         n_most = len(tokens) // n_ctx
         if len(tokens) < 2 * n_ctx:
             shorter = 1 << max(4, (len(tokens) // 2).bit_length() - 1)
-            hint = f", or shorter chunks: --ctx {shorter}" if 2 * shorter <= len(tokens) else ""
+            command = f"moelocal eval {shlex.quote(task.model.reference)} --text FILE"
+            is_enough = 2 * shorter <= len(tokens)
+            hint = f"Give a longer text, or shorter chunks: {command} --ctx {shorter}"
             raise BadRequest(
                 f"The text has {len(tokens):,} tokens, and {2 * n_ctx:,} are the least for chunks of {n_ctx:,}.",
-                f"Give a longer text{hint}.",
+                hint if is_enough else f"Give a longer text, of some hundred words at least: {command}",
             )
         if task.saved is not None:
             _same_text(tokens, task.saved.tokens, task.saved.path.name)
@@ -342,13 +345,25 @@ def _progress(layout: Layout, state: State, verbose: bool) -> Iterator[Callable[
                 bar.close()
         return
 
-    def tell(now: State) -> None:
-        end = "\n" if now.n_done == layout.n_chunks else ""
-        print(f"[{now.n_done}]{now.tally.perplexity:.4f},", end=end, file=sys.stderr, flush=True)
+    is_begun = False
 
-    yield tell
+    def tell(now: State) -> None:
+        nonlocal is_begun
+        is_begun = True
+        print(f"[{now.n_done}]{now.tally.perplexity:.4f},", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if is_begun:
+            print(file=sys.stderr)
 
 
 def _estimate(state: State) -> str:
     text = f"perplexity {state.tally.perplexity:.4f}"
-    return f"{text}, KL {state.distance.kl_mean[0]:.5f}" if state.distance else text
+    return f"{text}, KL {nats(state.distance.kl_mean[0], 5)}" if state.distance else text
+
+
+def nats(value: float, digits: int = 6) -> str:
+    """A divergence; one that rounding has made negative is none."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -36,10 +36,19 @@ class Analysis:
             raise BadRequest(f"The picture cannot be written to {self.svg}.", "Give a file in a folder that exists.")
 
 
+@dataclass(frozen=True, slots=True)
+class Windowed(opt.Placement):
+    """How the model runs; a longer text is read in pieces."""
+
+    ctx: Annotated[
+        int | None, opt.option("--ctx", "Tokens read at once, those before forgotten. [2048]", "N", min=16)
+    ] = None
+
+
 def experts(
     model: opt.Model,
     analysis: Analysis,
-    placement: opt.Placement,
+    placement: Windowed,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:

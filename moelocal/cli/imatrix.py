@@ -7,13 +7,13 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moelocal.cli import options as opt
-from moelocal.errors import BadRequest
+from moelocal.errors import BadRequest, MoelocalError
 
 if TYPE_CHECKING:
     from moelocal.build.imatrix import Layout, Step, Unfinished
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moelocal.measure.routing import Passage
 
 _N_CTX = 512  # llama-imatrix's own
+_LEAST_CTX = 16  # tokens in a chunk: fewer say little
 _FEW_CHUNKS = 50
 _SHOWN_LAYERS = 4
 _UNQUANTIZED = ("F32", "F16", "BF16")
@@ -41,21 +42,27 @@ class Calibration:
     force: Annotated[bool, opt.option("--force", "Replace the matrix if it exists.")] = False
 
 
+@dataclass(frozen=True, slots=True)
+class Chunked(opt.Placement):
+    """How the model runs, a chunk of the text at a time."""
+
+    ctx: Annotated[int | None, opt.option("--ctx", "Tokens of a chunk of the text. [512]", "N", min=_LEAST_CTX)] = None
+
+
 def imatrix(
     model: opt.Model,
     calibration: Calibration,
-    placement: opt.Placement,
+    placement: Chunked,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Make an importance matrix from a text: quantize then spares the weights that matter.
 
-    The text runs in chunks of --ctx tokens, by default 512. An interrupted run goes on when it is started again. The
-    matrix of the F16 or Q8_0 file serves all quantizations of a model.
+    An interrupted run goes on when it is started again. The matrix of the F16 or Q8_0 file serves all quantizations of
+    a model.
     """
-    from moelocal.build import imatrix_file
     from moelocal.build.imatrix import default_output, matrix
-    from moelocal.build.output import check_free, writing
+    from moelocal.build.output import check_free
     from moelocal.cli.guard import guard
     from moelocal.cli.texts import passages
     from moelocal.model.store import resolve
@@ -72,11 +79,10 @@ def imatrix(
     with _opened(model, replace(placement, ctx=n_ctx), calibration.with_output, verbose) as (session, activations):
         layout = _layout(session, texts, n_ctx, calibration.chunks)
         unfinished = _unfinished(path, texts, layout, calibration)
+        check_free(unfinished.path, replace=True)
         step = _run(session, activations, layout, unfinished, verbose)
     made = matrix(activations, layout, step.n_done, calibration.text or "moelocal's built-in passages")
-    with writing(output, replace=calibration.force) as part:
-        imatrix_file.write(part, made)
-    unfinished.remove()
+    _write(output, made, unfinished, calibration.force)
     if as_json:
         print(json.dumps(_document(model, output, made, step, time.monotonic() - start), ensure_ascii=False))
     else:
@@ -110,9 +116,10 @@ def _layout(session: Session, texts: list[Passage], n_ctx: int, n_chunks: int | 
     tokens = session.tokenize("\n".join(text.text for text in texts), special=False, add_bos=True)
     n_whole = len(tokens) // n_ctx
     if not n_whole:
+        shorter = f", or shorter chunks: --ctx {len(tokens) // 2}" if len(tokens) >= 2 * _LEAST_CTX else ""
         raise BadRequest(
             f"The text has {len(tokens):,} tokens, less than one chunk of {n_ctx:,}.",
-            f"Give a longer text, or shorter chunks: --ctx {max(16, len(tokens) // 2)}",
+            f"Give a longer text with --text FILE{shorter}.",
         )
     return Layout(tokens, n_ctx, min(n_chunks or n_whole, n_whole))
 
@@ -175,6 +182,26 @@ def _progress(n_chunks: int, n_done: int, verbose: bool) -> Iterator[Any]:
             print(f"chunk {step.n_done:,} of {n_chunks:,}: {_so_far(step)}", file=sys.stderr, flush=True)
 
     yield tell
+
+
+def _write(output: Path, made: Imatrix, unfinished: Unfinished, force: bool) -> None:
+    """Writes the file. What hours collected is not lost where it cannot be written.
+
+    Raises:
+        MoelocalError: no room, or no right to write.
+    """
+    from moelocal.build import imatrix_file
+    from moelocal.build.output import writing
+
+    try:
+        with writing(output, replace=force) as part:
+            imatrix_file.write(part, made)
+    except MoelocalError as error:
+        with suppress(MoelocalError):
+            unfinished.save(made)
+            error.hint += " What was collected is kept: the same command then only writes it."
+        raise
+    unfinished.remove()
 
 
 def _so_far(step: Step) -> str:

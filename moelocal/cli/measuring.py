@@ -22,9 +22,10 @@ def measure(machine: Machine, version: str) -> bool:
     from moelocal.cli import messages
     from moelocal.cli.opening import LoadingBar
     from moelocal.machine.hardware import identity
-    from moelocal.machine.speeds import speeds_file, store_speeds
+    from moelocal.machine.speeds import store_speeds
     from moelocal.measure import probe
     from moelocal.measure.others import BUSY_SHARE, OtherWork
+    from moelocal.paths import cannot_keep
 
     notes: list[str] = []
     others = OtherWork()
@@ -42,10 +43,7 @@ def measure(machine: Machine, version: str) -> bool:
     try:
         store_speeds(identity(machine.cpu, machine.devices, version), speeds)
     except OSError as error:
-        raise MoelocalError(
-            f"The speeds cannot be kept in {speeds_file()}: {error.strerror}.",
-            "Make room there, or choose another folder with MOELOCAL_HOME.",
-        ) from error
+        raise cannot_keep("The speeds", error) from error
     return True
 
 

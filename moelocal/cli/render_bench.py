@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -20,10 +21,13 @@ from moelocal.units import format_bytes, format_count
 if TYPE_CHECKING:
     from moelocal.cli.bench import Output, Result
     from moelocal.machine.hardware import Machine
+    from moelocal.measure.bench_rows import Row
 
 _BAR = 20  # columns
 _LEAST_BAR = 5
-_ROW, _LEFT, _CHART, _RIGHT = 26, 330, 360, 190  # px of the chart
+_ROW, _CHART, _RIGHT = 26, 360, 190  # px of the chart
+_LETTER = 7.3  # px of a letter of size 12
+_LONG_NAME = 36  # letters of a model's name
 _ENDLESS = 10_000
 
 
@@ -80,7 +84,7 @@ def _settings(result: Result, results: Sequence[Result]) -> str:
         parts.append("repacked" if mine.repack else "as in the file")
     if len({one.kv_type for one in all_of}) > 1:
         parts.append(f"KV {mine.kv_type}")
-    if len({_in_ram(one.row) for one in results}) > 1:
+    if len({(one.row.model, _in_ram(one.row)) for one in results}) > len({one.row.model for one in results}):
         parts.append(f"experts of {_in_ram(result.row)} layers in RAM")
     return ", ".join(parts)
 
@@ -240,7 +244,7 @@ def _model_line(result: Result) -> str:
     facts = result.subject.facts
     active = f", {format_count(facts.active_params)} active" if facts.is_moe else ""
     return (
-        f"{result.row.model}: {facts.arch} {format_count(facts.total_params)}{active}, {facts.quant}, "
+        f"{_shared_name(result.row.model)}: {facts.arch} {format_count(facts.total_params)}{active}, {facts.quant}, "
         f"{format_bytes(facts.file_bytes)}"
     )
 
@@ -253,8 +257,9 @@ def markdown(results: Sequence[Result], machine: Machine) -> str:
     lines.append("|---|---|---|---:|---:|---:|---:|")
     for result in results:
         row = result.row
+        setting = _settings(result, results) or _setting_line([result]).rpartition(", ")[0]
         cells = (
-            row.model, _settings(result, results) or _setting_line([result]).rpartition(", ")[0], row.test.name,
+            _shared_name(row.model), setting, row.test.name,
             _per_s(row.samples.median), _range(result), _per_s(row.predicted_per_s), _share(result),
         )  # fmt: skip
         lines.append("| " + " | ".join(harmless(cell).replace("|", "\\|") for cell in cells) + " |")
@@ -266,30 +271,49 @@ def markdown(results: Sequence[Result], machine: Machine) -> str:
 def chart(results: Sequence[Result], machine: Machine) -> Svg:
     """Bars for every row, prompts first; a mark where the roofline is, if it is in the picture."""
     results = sorted(results, key=lambda result: not result.row.test.n_prompt)
-    top = 58
-    svg = Svg(_LEFT + _CHART + _RIGHT, top + len(results) * _ROW + 34, "Tokens per second")
+    names = [_label(result, results) for result in results]
+    head = [build_line(results, machine), *dict.fromkeys(map(_model_line, results)), _setting_line(results)]
+    left = 26 + _LETTER * max(map(len, names))
+    top, bottom = 42 + 15 * len(head), 34
+    width = max(left + _CHART + _RIGHT, 32 + 11 / 12 * _LETTER * max(map(len, head)))
+    svg = Svg(width, top + len(results) * _ROW + bottom, "Tokens per second")
     svg.words(16, 26, "Tokens per second", 17)
-    svg.words(16, 45, build_line(results, machine), 11, FAINT)
-    for i, result in enumerate(results):
+    for i, line in enumerate(head):
+        svg.words(16, 45 + 15 * i, line, 11, FAINT)
+    has_marks = False
+    for i, (result, name) in enumerate(zip(results, names, strict=True)):
         row, y = result.row, top + i * _ROW
         is_prompt = bool(row.test.n_prompt)
-        alike = [one.row for one in results if bool(one.row.test.n_prompt) == is_prompt]
-        most = max(
-            max(max(one.samples.per_s) for one in alike),
-            min(1.5 * max(one.samples.median for one in alike), max(one.roofline_per_s for one in alike)),
-        )
+        most = _most(one.row for one in results if bool(one.row.test.n_prompt) == is_prompt)
         scale = _CHART / most
-        name = ", ".join(part for part in (row.model, _settings(result, results), row.test.name) if part)
-        svg.words(_LEFT - 10, y + 17, name if len(name) <= 40 else f"{name[:18]}…{name[-21:]}", 12, anchor="end")
-        svg.box(
-            _LEFT, y + 4, row.samples.median * scale, 17, BLUE if is_prompt else ORANGE, f"{name}: {_range(result)}"
-        )
+        svg.words(left - 10, y + 17, name, 12, anchor="end")
+        colour = BLUE if is_prompt else ORANGE
+        svg.box(left, y + 4, row.samples.median * scale, 17, colour, f"{name}: {_range(result)}")
         low, high = min(row.samples.per_s) * scale, max(row.samples.per_s) * scale
-        svg.box(_LEFT + low, y + 12, high - low, 1.5, "#000000")
+        svg.box(left + low, y + 12, high - low, 1.5, "#000000")
         if row.roofline_per_s <= most:
-            svg.box(_LEFT + row.roofline_per_s * scale, y + 2, 1.5, 21, FAINT, f"roofline {_per_s(row.roofline_per_s)}")
-        svg.words(_LEFT + _CHART + 10, y + 17, f"{_per_s(row.samples.median)}  ({_range(result)})", 12)
-    svg.words(
-        16, top + len(results) * _ROW + 20, "Thin lines: slowest to fastest run. Grey marks: roofline.", 11, FAINT
-    )
+            has_marks = True
+            svg.box(left + row.roofline_per_s * scale, y + 2, 1.5, 21, FAINT, f"roofline {_per_s(row.roofline_per_s)}")
+        svg.words(left + _CHART + 10, y + 17, f"{_per_s(row.samples.median)}  ({_range(result)})", 12)
+    legend = f"Thin lines: slowest to fastest run.{' Grey marks: roofline.' if has_marks else ''}"
+    svg.words(16, top + len(results) * _ROW + 20, legend, 11, FAINT)
     return svg
+
+
+def _most(rows: Iterable[Row]) -> float:
+    """The speed at the right end of the bars: the fastest run, or the roofline if that is near."""
+    alike = list(rows)
+    near = 1.5 * max(one.samples.median for one in alike)
+    return max(*(max(one.samples.per_s) for one in alike), min(near, max(one.roofline_per_s for one in alike)))
+
+
+def _label(result: Result, results: Sequence[Result]) -> str:
+    """What a bar is about: nothing of it may be missing where bars differ in it."""
+    parts = (_shared_name(result.row.model), _settings(result, results), result.row.test.name)
+    return ", ".join(part for part in parts if part)
+
+
+def _shared_name(model: str) -> str:
+    """A model as others know it: of a path the file's name."""
+    name = PurePath(model).name if model.endswith(".gguf") else model
+    return name if len(name) <= _LONG_NAME else f"{name[: _LONG_NAME // 2]}…{name[1 - _LONG_NAME // 2 :]}"

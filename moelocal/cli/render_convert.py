@@ -23,7 +23,6 @@ class Bar:
         )
         self._label = ""
         self._task = self._progress.add_task("", total=None, share="")
-        self._progress.start()
 
     def show(self, label: str, share: float | None, text: str) -> None:
         """Shows a step: its share that is done, 0 to 1 (None: not known), and in figures."""
@@ -32,6 +31,7 @@ class Bar:
             self._progress.reset(self._task)  # the speed of the step before says nothing
         total = None if share is None else 1.0
         self._progress.update(self._task, description=harmless(label), total=total, completed=share or 0.0, share=text)
+        self._progress.start()  # not before it has a label; again it does nothing
 
     def close(self) -> None:
         """Takes it off the screen."""

@@ -185,6 +185,7 @@ def _difference(run: Run, pair: Pair, paint: _Paint) -> list[Text]:
         bar = round(bits * 20)
         row.append(("━" if paint.is_utf else "#") * bar + " " * (20 - bar), "blue")
         rows.append(row.append(f" {changed}", "dim"))
+    rows.append(Text(harmless(f"  expert +5%: {b.name} sends 5% more of its choices there than {a.name}"), style="dim"))
     rows.append(
         Text(f"Mean {pair.mean_bits:.2f}; chance alone would make about {pair.chance_bits:.2f} of texts this long.")
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from rich.cells import cell_len
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moelocal.build.types import QuantType
 
 _ENDLESS = 10_000
+_LEAST_S, _LEAST_DONE = 1.0, 0.02  # of the work, before its end is guessed
 _ROLES = {
     "routed_expert": "experts",
     "shared_expert": "shared experts",
@@ -44,22 +46,32 @@ class Bar:
             TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True)),
             BarColumn(20),
             TextColumn("{task.percentage:.0f}%", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=Plain(),
             transient=True,
         )
-        self._task = self._progress.add_task("Quantizing", total=1.0)
+        self._task = self._progress.add_task("Quantizing", total=1.0, left=time_left(0.0, 0.0))
+        self._start = time.monotonic()
         self._progress.start()
 
     def update(self, done: Done) -> None:
         """Shows how far it is."""
         change = done.change
         label = f"{done.number}/{done.n_tensors} {harmless(change.name)} {GGML_TYPES[change.after].name}"
-        self._progress.update(self._task, completed=done.fraction, description=label)
+        left = time_left(done.fraction, time.monotonic() - self._start)
+        self._progress.update(self._task, completed=done.fraction, description=label, left=left)
 
     def close(self) -> None:
         """Takes it off the screen."""
         self._progress.stop()
+
+
+def time_left(fraction: float, seconds: float) -> str:
+    """Minutes and seconds of the rest, by the mean speed so far: the latest alone says hours within a large tensor."""
+    if seconds < _LEAST_S or fraction < _LEAST_DONE:
+        return "--:--"
+    minutes, rest = divmod(round(seconds * (1 - fraction) / fraction), 60)
+    return f"{minutes:02d}:{rest:02d}"
 
 
 def show_preview(planned: Preview, out: TextIO) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from moelocal.cli import options as opt
 from moelocal.cli.screen import is_dumb
-from moelocal.errors import BadRequest, MoelocalError
+from moelocal.errors import BadRequest
 
 if TYPE_CHECKING:
     from moelocal.cli.bench import Subject
@@ -40,12 +40,14 @@ def tune(
     from moelocal.measure.others import OtherWork
     from moelocal.measure.tune import Tuner
     from moelocal.measure.tuned import forget_tuned
+    from moelocal.paths import check_home
 
     if not 0.1 <= minutes <= 1440:
         raise BadRequest("--minutes takes 0.1 to 1440.", f"moelocal tune {model} --minutes 5")
     if placement.rpc:
         raise BadRequest("tune measures this machine alone.", "Leave --rpc out.")
     if not forget:
+        check_home("What tune finds")
         guard()
     subject = subject_of(model)
     if forget:
@@ -127,6 +129,7 @@ def _keep(subject: Subject, machine: Machine, tuner: Tuner, others: OtherWork) -
     from moelocal.machine.hardware import identity
     from moelocal.measure.others import BUSY_SHARE
     from moelocal.measure.tuned import forget_tuned, keep_tuned
+    from moelocal.paths import cannot_keep
 
     outcome, share = tuner.outcome(), others.share()
     if share > BUSY_SHARE:
@@ -143,10 +146,8 @@ def _keep(subject: Subject, machine: Machine, tuner: Tuner, others: OtherWork) -
     try:
         keep_tuned(subject.path, name, outcome.fields, outcome.gain, when)
     except OSError as error:
-        raise MoelocalError(
-            f"The settings cannot be kept: {error.strerror}.",
-            "Make room there, or choose another folder with MOELOCAL_HOME.",
-        ) from error
+        told = f"{_words(outcome.fields)}: {_compared(outcome.gain)} than as planned"
+        raise cannot_keep(f"What was found ({told})", error) from error
     return True
 
 

@@ -22,11 +22,11 @@ from moelocal.model.kv import KVType
 from moelocal.paths import runs_file
 from moelocal.plan.calibration import Difference, Run
 from moelocal.plan.cost import Placement, Setting
-from moelocal.plan.memory import CPU
 
 if TYPE_CHECKING:
     from moelocal.engine.meter import Meter
     from moelocal.engine.session import Session
+    from moelocal.plan.planner import Plan
 
 _VERSION = 1
 _KEPT = 20  # runs that a plan looks at
@@ -45,14 +45,14 @@ class Timed(NamedTuple):
 def remember(meter: Meter) -> None:
     """Keeps what the last answer measured, if it was long enough; a folder that cannot be written is no failure."""
     run = _run_of(meter)
-    if run is not None:
+    if run is not None and _is_as_planned(meter.session.plan, meter.machine):
         _keep(meter.path, meter.machine, run)
 
 
 def remember_speeds(path: Path, machine: Machine, session: Session, prompt: Timed, answer: Timed) -> None:
     """Keeps what a benchmark measured, as if it were an answer: a prompt with nothing before it, then generation."""
     plan = session.plan
-    if plan.setting is None:
+    if plan.setting is None or not _is_as_planned(plan, machine):
         return
     ram_bytes, off = _around(session, machine)
     _keep(
@@ -63,6 +63,12 @@ def remember_speeds(path: Path, machine: Machine, session: Session, prompt: Time
             answer.n_tokens, answer.seconds, session.load_s, off,
         ),
     )  # fmt: skip
+
+
+def _is_as_planned(plan: Plan, machine: Machine) -> bool:
+    """Whether weights that the plan reads from disk had to be read there: those that are only beyond a budget that was
+    asked for (--ram) stay in free memory all the same, and would teach that disks are fast."""
+    return not plan.disk_bytes or plan.ram_bytes is None or plan.ram_bytes >= machine.ram_free_bytes
 
 
 def _keep(path: Path, machine: Machine, run: Run) -> None:
@@ -149,7 +155,7 @@ def _around(session: Session, machine: Machine) -> tuple[int, tuple[Difference, 
     from moelocal.engine.allocation import off_plan
 
     plan = session.plan
-    ram_bytes = next((use.budget_bytes for use in plan.per_device if use.name == CPU), machine.ram_free_bytes)
+    ram_bytes = machine.ram_free_bytes if plan.ram_bytes is None else plan.ram_bytes
     comparable = plan.n_ctx == session.n_ctx and not plan.disk_bytes
     off = tuple(Difference(*one) for one in off_plan(plan.per_device, session.allocated)) if comparable else ()
     return ram_bytes, off

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from moelocal.errors import MoelocalError
 from moelocal.measure.divergence import Distance
 from moelocal.measure.perplexity import Tally
-from moelocal.paths import user_home
+from moelocal.paths import cannot_keep, user_home
 
 if TYPE_CHECKING:
     from moelocal.measure.perplexity import Doubles, Floats
@@ -74,7 +74,7 @@ class Checkpoint:
             self._values.touch()
             self._file = self._values.open("r+b")
         except OSError as error:
-            raise self._failed(error) from error
+            raise cannot_keep("Progress", error) from error
         self._lock()
         self.state = self._read() or self.restart()
 
@@ -111,7 +111,7 @@ class Checkpoint:
             new.write_text(json.dumps(asdict(self.state)))
             os.replace(new, self._json)
         except OSError as error:
-            raise self._failed(error) from error
+            raise cannot_keep("Progress", error) from error
 
     def tokens(self) -> Floats:
         """-ln p and divergence of every token: float32[count, 2]."""
@@ -141,17 +141,12 @@ class Checkpoint:
         except OSError:
             return  # a file system without locks
 
-    def _failed(self, error: OSError) -> MoelocalError:
-        return MoelocalError(
-            f"Progress cannot be kept in {self._json.parent}: {error.strerror}.",
-            "Make room there, or choose another folder with MOELOCAL_HOME.",
-        )
-
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was told by `keep`
+            self._file.close()
 
 
 def _sweep(folder: Path) -> None:

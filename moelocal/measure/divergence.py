@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 RANGE_NATS = 16.0
 HEAD_WORDS = 4  # float32 scale and float32 least log-probability, in front of a row
 _STEPS = 65535
+_LEAST_OFF = 0.01  # of a sum of probabilities: rounding to 16 bits takes a fiftieth of that
 
 
 def row_words(n_vocab: int) -> int:
@@ -68,13 +69,20 @@ class Saved(NamedTuple):
 
 class Shifts(NamedTuple):
     """Of each row: KL divergence; -ln p of the target by the reference; its p by the model less that by the reference;
-    whether both have the same likeliest token; whether the reference's p of the target is only known to be less."""
+    whether both have the same likeliest token; whether the reference's p of the target is only known to be less; what
+    the reference's p of all tokens add up to."""
 
     kl: Doubles
     nll_base: Doubles
     p_diff: Doubles
     is_same: NDArray[np.bool_]
     is_clipped: NDArray[np.bool_]
+    mass: Doubles
+
+    def is_sound(self, n_vocab: int) -> bool:
+        """Whether the reference's rows can be a model's: they add up to 1, but for what is too rare to count."""
+        too_rare = n_vocab * math.exp(-RANGE_NATS)
+        return bool(((self.mass >= 1 - too_rare - _LEAST_OFF) & (self.mass <= 1 + _LEAST_OFF)).all())
 
 
 def compare(logits: Floats, scores: Scores, reference: Saved, targets: Tokens) -> Shifts:
@@ -95,10 +103,11 @@ def compare(logits: Floats, scores: Scores, reference: Saved, targets: Tokens) -
     counts = base > np.float32(-RANGE_NATS)
     np.exp(base, out=base)
     base *= counts
+    mass = base.sum(axis=1, dtype=np.float64)
     base *= difference
     kl = base.sum(axis=1, dtype=np.float64)
     p_diff = np.exp(-scores.nll) - np.exp(-nll_base)
-    return Shifts(kl, nll_base, p_diff, saved.argmax(axis=1) == scores.best, is_clipped)
+    return Shifts(kl, nll_base, p_diff, saved.argmax(axis=1) == scores.best, is_clipped, mass)
 
 
 @dataclass(slots=True)

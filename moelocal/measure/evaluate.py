@@ -131,6 +131,11 @@ def run(
                 state.tally.add(nll)
                 nlls.append(nll)
                 if shifts is not None and state.distance is not None:
+                    if not shifts.is_sound(session.n_vocab):
+                        raise MoelocalError(
+                            f"The reference is damaged: its probabilities in chunk {index + 1:,} do not add up to 1.",
+                            "Get its file again. Saved logits: moelocal eval MODEL --text FILE --save-logits FILE",
+                        )
                     state.distance.add(nll, shifts)
                     kls.append(shifts.kl)
             if not math.isfinite(state.tally.nll):

@@ -17,6 +17,7 @@ import os
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -218,7 +219,8 @@ class LogitsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was told by `write`, `flush` or `finish`
+            self._file.close()
 
 
 def part_of(path: Path) -> Path:

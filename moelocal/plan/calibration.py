@@ -20,7 +20,7 @@ from typing import NamedTuple
 from moelocal.machine.hardware import Machine
 from moelocal.model.facts import ModelFacts
 from moelocal.model.kv import KVType
-from moelocal.plan.cost import UNCORRECTED, Correction, Costs, Placement, Prediction, Setting, Work, prediction
+from moelocal.plan.cost import UNCORRECTED, Correction, Costs, Placement, Prediction, Setting, Work, predict, prediction
 from moelocal.plan.memory import Sizes
 from moelocal.plan.request import PlanRequest, bounded
 from moelocal.units import format_bytes
@@ -163,6 +163,12 @@ class Calibration:
         decode = run.decode_s / run.n_decoded * told.decode_per_s if run.has_decode else 1.0
         prefill = run.prompt_s / run.n_prompt * told.prefill_per_s if run.has_prefill else 1.0
         return Correction(decode, prefill)
+
+    def predict(self, setting: Setting, ram_bytes: int, n_prompt: int, n_depth: int) -> Prediction:
+        """What a plan with this setting and so much RAM predicts for these counts of tokens."""
+        here = replace(self._machine, ram_free_bytes=ram_bytes)
+        correction = self.correction(_work(setting, n_prompt, n_depth), setting.placement)
+        return predict(self._facts, here, setting, n_prompt, n_depth, correction)
 
     def predict_for(self, run: Run, correction: Correction) -> Prediction:
         """What the cost model says of a run's own setting and tokens."""

@@ -91,6 +91,11 @@ class Plan:
         return self.disk_bytes + sum(use.total_bytes for use in self.per_device)
 
     @property
+    def ram_bytes(self) -> int | None:
+        """How much RAM it may use; None if it was not planned."""
+        return next((use.budget_bytes for use in self.per_device if use.name == CPU), None)
+
+    @property
     def weights(self) -> tuple[Any, ...]:
         """Equal for plans that load the weights alike, into the same places."""
         return self.placement, self.n_gpu_layers, self.repack, self.load_mode, self.no_host

@@ -67,6 +67,15 @@ def test_what_is_no_matrix_is_refused(content: bytes, tmp_path: Path) -> None:
         read(tmp_path / "missing")
 
 
+def test_one_that_was_cut_off_is_to_be_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.imatrix.gguf"
+    write(path, Imatrix({"w": Importance(np.ones((1, 256), np.float32), np.ones(1, np.float32))}))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(MoelocalError, match=r"x\.imatrix\.gguf: the file ends before") as caught:
+        read(path)
+    assert "moelocal imatrix MODEL --force" in caught.value.hint and "--imatrix none" in caught.value.hint
+
+
 def run(path: Path, tokens: list[int], unfinished: Unfinished, n_ctx: int = 64) -> tuple[Activations, list[int]]:
     activations = Activations()
     layout = Layout(tokens, n_ctx, len(tokens) // n_ctx)
@@ -116,6 +125,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tiny: Tiny, monkeypatch: 
             if step.n_done == 3:
                 break
     assert unfinished.load() is not None
+    assert run(path, tokens[:64], unfinished)[1] == [0, 1]  # fewer chunks than were done are computed anew
     again, steps = run(path, tokens, unfinished)
     assert steps[0] == 2 and steps[-1] == 5  # the third chunk was not saved yet
     for name, inputs in whole.tensors.items():

@@ -75,6 +75,8 @@ def test_fitting_follows_the_memory(survey: sized.Survey) -> None:
     assert sizes == sorted(set(sizes))
     with pytest.raises(OutOfMemory):
         sized.fitting(survey, machine, PlanRequest(ram_bytes=257 << 20))
+    with pytest.raises(OutOfMemory, match=r"4,096 tokens of context .* 257 MiB of RAM cannot hold"):
+        sized.fitting(survey, machine, PlanRequest(n_ctx=4096, ram_bytes=257 << 20))
 
 
 def test_a_gpu_holds_it_whole_or_the_experts_go_to_the_ram(survey: sized.Survey) -> None:

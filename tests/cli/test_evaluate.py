@@ -14,8 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moelocal.errors import MoelocalError
+from moelocal.measure.checkpoint import Checkpoint
 from tests.cli.test_run import command, refused, run
 from tests.conftest import DEMO, ROOT
 
@@ -140,8 +143,16 @@ def wait_for_chunks(home: Path, n: int) -> None:
     raise AssertionError("no chunk was done")
 
 
-def test_ctx_is_explained_as_the_chunk_it_is() -> None:
-    assert "Tokens of a chunk" in run("eval", "--help").stdout
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval", "Tokens of a chunk of the text. [512"),
+        ("imatrix", "Tokens of a chunk of the text. [512]"),
+        ("experts", "Tokens read at once"),
+    ],
+)
+def test_ctx_is_explained_as_the_chunk_it_is(command: str, told: str) -> None:
+    assert told in " ".join(run(command, "--help").stdout.split())
 
 
 def test_a_terminal_does_not_echo_into_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +210,27 @@ def test_the_same_evaluation_twice_at_once(home: Path) -> None:
     refused(done, 1, "already running")
 
 
+def test_a_full_disk_is_told_with_its_folder(home: Path) -> None:
+    """Python writes what is left when a file is closed: that must not hide what was told before."""
+    folder = home / "eval"
+    folder.mkdir()
+    os.utime("/dev/full")  # a file that nobody touched for weeks would be removed
+    (folder / "key.tokens").symlink_to("/dev/full")
+    with pytest.raises(MoelocalError) as caught, Checkpoint("key", compares=False) as checkpoint:
+        checkpoint.state.tally.add(np.ones(8))
+        checkpoint.keep(np.ones(8), None)
+    assert str(home) in caught.value.message and "MOELOCAL_HOME" in caught.value.hint
+
+
 def test_a_text_that_is_none(tmp_path: Path) -> None:
     short, junk, nul = tmp_path / "short", tmp_path / "junk", tmp_path / "nul"
     short.write_text("Once upon a time there was a little fox. " * 20)
     junk.write_bytes(bytes(range(256)) * 50)
     nul.write_bytes(b"words\0words" * 500)
     refused(run("eval", "demo", "--text", str(short)), 2, "1,024 are the least", "--ctx 64")
+    tiny_text = run("eval", "demo", "--text", "-", stdin="Hi you.")
+    refused(tiny_text, 2, "moelocal eval demo --text FILE")
+    assert "--ctx" not in tiny_text.stderr
     refused(run("eval", "demo", "--text", str(junk)), 2, "not UTF-8")
     refused(run("eval", "demo", "--text", str(nul)), 2, "binary")
     refused(run("eval", "demo", "--text", str(tmp_path / "none")), 2, "cannot be read")
@@ -228,9 +254,27 @@ def test_a_reference_that_is_none(tiny: Tiny, saved: Path, tmp_path: Path) -> No
     refused(run("eval", "demo", "--reference", str(tmp_path / "none.gguf")), 1, "none.gguf")
 
 
+@pytest.mark.parametrize("filler", [0, 0x41])
+def test_saved_logits_with_a_hole(filler: int, saved: Path, tmp_path: Path) -> None:
+    """A page that never reached the disk, inside of a row: its numbers look possible one by one."""
+    data, broken = bytearray(saved.read_bytes()), tmp_path / "hole.logits"
+    data[-16384:-8192] = bytes([filler]) * 8192
+    broken.write_bytes(data)
+    done = run("eval", "demo", "--reference", str(broken))
+    assert done.returncode == 1 and not done.stdout
+    for word in ("damaged", "chunk 3", "--save-logits"):
+        assert word in done.stderr.split("Error: ")[1]
+
+
 def test_settings_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
     refused(run("eval", "demo", "--experts-used", "17"), 2, "16 experts")
     refused(run("eval", str(tiny("tiny-dense")), "--text", str(TEXT), "--experts-used", "2"), 2, "not a Mixture")
     place = tmp_path / "no" / "file"
     refused(run("eval", "demo", "--text", str(TEXT), *QUICK, "--save-logits", str(place)), 2, "cannot be written")
     refused(run("eval", "demo", "--save-logits", str(tmp_path)), 2, "it is a folder")
+
+
+def test_rounding_makes_no_divergence_negative() -> None:
+    from moelocal.cli.evaluating import nats
+
+    assert (nats(-3e-8), nats(0.25), nats(-0.02, 5)) == ("0.000000", "0.250000", "-0.02000")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moelocal.build.imatrix_file import read
+from moelocal.build import imatrix_file
+from moelocal.build.imatrix import Unfinished
+from moelocal.build.imatrix_file import Imatrix, Importance, read
+from moelocal.cli import imatrix as cli
+from moelocal.errors import MoelocalError
 from tests.cli.test_run import QUICK, refused, run
 
 
@@ -54,4 +61,29 @@ def test_bad_input(arguments: tuple[str, str], told: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("Hello.")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
-    refused(run("imatrix", "demo", *arguments), 2, told)
+    done = run("imatrix", "demo", *arguments)
+    refused(done, 2, told)
+    assert "--ctx" not in done.stderr  # of so short a text no chunk can be made
+
+
+def test_what_cannot_be_written_is_kept(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk filled up while the text ran: the next run has nothing left to compute."""
+    made = Imatrix({"w": Importance(np.ones((1, 8), np.float32), np.ones(1, np.float32))}, ("text",), 5, 64)
+    unfinished, written = Unfinished("key"), imatrix_file.write
+
+    def full(path: Path, imatrix: Imatrix) -> None:
+        if path.parent == tmp_path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(path, imatrix)
+
+    monkeypatch.setattr(imatrix_file, "write", full)
+    monkeypatch.setattr("moelocal.build.imatrix.write", full)
+    with pytest.raises(MoelocalError, match="disk is full") as caught:
+        cli._write(tmp_path / "m.gguf", made, unfinished, force=False)
+    assert "same command" in caught.value.hint and not list(tmp_path.iterdir())
+    kept = unfinished.load()
+    assert kept is not None and kept.n_chunks == 5
+    monkeypatch.undo()
+    monkeypatch.setenv("MOELOCAL_HOME", str(home))
+    cli._write(tmp_path / "m.gguf", made, unfinished, force=False)
+    assert imatrix_file.read(tmp_path / "m.gguf").n_chunks == 5 and unfinished.load() is None

@@ -176,8 +176,33 @@ def test_a_file_within_a_size(home: Path) -> None:
     answer = run("run", "demo-7MiB", "What is the capital of France?", "--threads", "1")
     assert answer.stdout == "The capital of France is Paris.\n"
     refused(run(*QUANTIZE, "--size", "7MiB"), 2, "exists already", "--force")
+    named = [
+        json.loads(run(*QUANTIZE, "--size", size, "--dry-run", "--json").stdout)["output"]
+        for size in (
+            "8 MB",
+            "8388608",
+        )
+    ]
+    assert [Path(name).name for name in named] == ["demo-8MB.gguf", "demo-8MiB.gguf"]  # as typed, if it has a unit
     refused(run(*QUANTIZE, "--size", "1MiB", "--dry-run"), 2, "the smallest file of this model takes", "--size")
 
 
 def test_a_type_with_a_typo_is_no_name_of_a_file() -> None:
     refused(run("quantize", "demo", "Q4_KM"), 2, "no quantization 'Q4_KM'", "Q4_K_M")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "seconds", "told"),
+    [
+        (0.0, 0.0, "--:--"),
+        (0.5, 0.4, "--:--"),
+        (0.01, 60, "--:--"),
+        (0.5, 90, "01:30"),
+        (0.1, 900, "135:00"),
+        (1, 9, "00:00"),
+    ],
+)
+def test_the_time_left(fraction: float, seconds: float, told: str) -> None:
+    from moelocal.cli.render_quantize import time_left
+
+    assert time_left(fraction, seconds) == told

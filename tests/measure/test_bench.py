@@ -13,6 +13,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,38 @@ def test_the_table_fits_the_window(width: int, monkeypatch: pytest.MonkeyPatch, 
     assert "of the limit" in page and "█" in page and ("predicted" in page) == (width >= 80)
 
 
+def test_bars_tell_what_they_are(tmp_path: Path) -> None:
+    """Whatever differs is in a bar's label; a picture for sharing shows no folders, and what it was measured with."""
+    from moelocal.cli import render_bench
+    from moelocal.cli.bench import Result, subject_of
+
+    subject = subject_of("demo")
+    path = f"{tmp_path}/{'a-model-with-a-long-name-' * 3}Q4_K_M.gguf"
+    rows = [
+        replace(row(80.0, setting=replace(SETTING, kv_type=kind, n_ubatch=n_ubatch)), model=model)
+        for model in ("demo", path)
+        for kind in ("f16", "q8_0")
+        for n_ubatch in (512, 2048)
+    ]
+    rows[-1] = replace(rows[-1], setting=replace(rows[-1].setting, expert_layers={"CPU": [0]}))
+    picture = str(render_bench.chart([Result(one, subject, None) for one in rows], parse_machine("ram=8GiB")))
+    words = re.findall(r'font-size="12"[^>]*text-anchor="end"[^>]*>([^<]*)<', picture)
+    assert len(set(words)) == len(rows) and str(tmp_path) not in picture
+    assert "roofline" not in re.sub("<title>.*?</title>", "", picture)  # it is beyond what is drawn
+    assert "demo: llama 13.9M" in picture and "2 threads" in picture
+    same = [
+        replace(one, setting=replace(one.setting, expert_layers={"CPU": list(range(n))}))
+        for n, one in (
+            (4, rows[0]),
+            (4, rows[1]),
+            (6, rows[4]),
+            (6, rows[5]),
+        )
+    ]
+    results = [Result(one, subject, None) for one in same]
+    assert "in RAM" not in render_bench._settings(results[0], results)  # each model has its own number of layers
+
+
 def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the planner's own setting it counts as an answer does; what other programs slowed down does not."""
     from moelocal.cli import bench
@@ -262,10 +295,43 @@ def test_a_benchmark_corrects_later_predictions(home: Path, monkeypatch: pytest.
     share = 0.0
     list(work.rows(subject, [plan], teaches=False))
     assert not read_runs(subject.path, here)
+    within = make_plan(subject.facts, here, PlanRequest(n_ctx=1024, ram_bytes=266 << 20))
+    assert within.disk_bytes  # as planned; in truth free memory holds it, so this is not the disk's speed
+    session.plan = within
+    list(work.rows(subject, [within], teaches=True))
+    assert not read_runs(subject.path, here)
+    session.plan = plan
     list(work.rows(subject, [plan], teaches=True))
     [run] = read_runs(subject.path, here)
     assert (run.n_prompt, run.prompt_s, run.n_decoded, run.decode_s, run.n_depth) == (512, 8.0, 128, 2.0, 64)
     assert run.setting == plan.setting and run.is_whole
+
+
+def test_it_predicts_what_a_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same counts of tokens, with what earlier runs taught, and within the RAM that was asked for."""
+    from moelocal.cli import bench
+    from moelocal.machine.hardware import Device, detect
+    from moelocal.plan.calibration import Calibration, Run
+    from moelocal.plan.planner import PlanRequest, make_plan
+    from moelocal.plan.request import turn_of
+
+    subject = bench.subject_of(str(DEMO))
+    here = detect((Device("CPU", "chip", "cpu", 8 << 30, 8 << 30),), "1.0")
+    request = PlanRequest(n_ctx=4096)
+    setting, turn = make_plan(subject.facts, here, request).setting, turn_of(request)
+    assert setting is not None
+    runs = [Run(setting, 8 << 30, 512, 20.0, 20.0, 600, 128, 32.0, 1.0)]  # 25.6 and 4 tokens/s
+    subject = subject._replace(history=Calibration(subject.facts, here, runs))
+    monkeypatch.setattr("moelocal.measure.bench.measure", lambda *_: Samples((1.0,), 1, 0))
+    for ram_bytes in (8 << 30, 280 << 20):
+        plan = make_plan(subject.facts, here, replace(request, ram_bytes=ram_bytes), subject.history)
+        assert plan.predicted is not None and plan.predicted.decode_per_s < 10
+        assert bool(plan.disk_bytes) == (ram_bytes < 1 << 30)
+        tests = [BenchTest(turn.n_prompt, 0, turn.n_depth - turn.n_prompt), BenchTest(0, 128, turn.n_depth - 64)]
+        work = bench._Bench(here, tests, 1, (), verbose=True)
+        rows = [work._row(subject, plan, SimpleNamespace(), test, print) for test in tests]  # type: ignore[arg-type]
+        assert rows[0].predicted_per_s == pytest.approx(plan.predicted.prefill_per_s)
+        assert rows[1].predicted_per_s == pytest.approx(plan.predicted.decode_per_s)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

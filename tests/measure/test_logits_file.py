@@ -49,6 +49,15 @@ def test_what_was_written_is_read(file: Path) -> None:
         assert np.array_equal(found.nll, rows(1)[1][1:])
 
 
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.logits"
+    part_of(path).symlink_to("/dev/full")
+    wanted = pytest.raises(MoelocalError, match=f"written to {part_of(path)}: No space")
+    with wanted, LogitsWriter(path, SHAPE, TOKENS) as writer:
+        writer.write(rows(0)[0])
+        writer.flush()
+
+
 def test_the_format_is_llama_perplexitys(file: Path) -> None:
     data = file.read_bytes()
     assert data[:20] == b"_logits_" + np.array([8, 11, 3], "<i4").tobytes()
