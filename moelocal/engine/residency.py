@@ -230,7 +230,9 @@ class Residency(NodeReader):
         """A prompt's batch has come to this layer."""
         at = self._order.index(layer)
         if at == 0:
-            self._jobs.put(self._begin_scan)
+            left_over = list(self._passing)  # of a prompt that was stopped
+            self._read_ahead.clear()
+            self._jobs.put(lambda: self._begin_scan(left_over))
         if layer not in self._read_ahead:
             self._pass(layer, chosen)
         self._read_ahead.discard(layer)
@@ -274,7 +276,11 @@ class Residency(NodeReader):
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception as error:  # the model is then mapped plainly
+                self._failure = error
+                return
 
     def _pass(self, layer: int, experts: Iterable[int]) -> None:
         """Reads what is missing for the batch that runs."""
@@ -303,10 +309,11 @@ class Residency(NodeReader):
             passed = self._passing.pop(layer, [])
         self._give_back([(layer, index) for index in passed])
 
-    def _begin_scan(self) -> None:
+    def _begin_scan(self, left_over: Sequence[int]) -> None:
         """Makes room for what passes through: of two layers the part that does not stay."""
-        for layer in list(self._passing):
-            self._let_pass(layer)
+        for layer in left_over:
+            if layer != self._order[0]:  # whose experts are being requested anew
+                self._let_pass(layer)
         if self._ram is not None and self._to_come_bytes > self._ram.compute_bytes:  # the first: the KV cache is there
             self._to_come_bytes = self._ram.compute_bytes
         self._limit()
