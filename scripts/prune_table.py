@@ -1,7 +1,7 @@
 """Prunes the demo by each criterion of `moelocal prune` and at random, and prints what each leaves: right answers of
 the 40 questions of demo_questions.py and of 200 others, and on these answers the KL divergence from the whole model and
-how often the likeliest token is the same. Every figure is the median of several draws of the calibration text (of several
-random choices for `random`), then the least and the most.
+how often the likeliest token is the same. Every figure is the median of several draws of the calibration text (of
+several random choices for `random`), then the least and the most.
 
 A calibration text has 400 questions with answers in the demo's chat format, none of which is asked. An answer is right
 if greedy decoding gives it to the letter, so if every token of it is the likeliest after those before.
@@ -73,7 +73,8 @@ def plan(n_threads: int) -> Plan:
 
 def calibration_text(seed: int, n_questions: int = N_CALIBRATION) -> str:
     """Questions with answers in the demo's chat format, of the kinds and shares that it was trained on."""
-    rng, asked, turns = random.Random(seed), {question for question, _ in ASKED}, []
+    rng, asked = random.Random(seed), {question for question, _ in ASKED}
+    turns: list[str] = []
     while len(turns) < n_questions:
         kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         question, answer = kind(rng)

@@ -154,7 +154,8 @@ def test_short_texts_and_interruptions_leave_nothing(tmp_path: Path) -> None:
 
 def test_the_default_keeps_the_demos_answers(tmp_path: Path) -> None:
     """At 75 %, decided on other questions; random choices and REAP lose many of them."""
-    header, right = read_header(DEMO), {}
+    header = read_header(DEMO)
+    right: dict[str, list[int]] = {}
     for name, draws in choices([watched(calibration_text(1, 150), 1)], n_keep=12, n_random=2).items():
         right[name] = []
         for kept in draws:
