@@ -7,8 +7,8 @@ which experts to keep by that.
     keep_best(layers[3].scores("impact"), n_keep=48)     # layer 3's best experts
 
 What an expert adds for a token is its router weight times the norm of its output. `impact` sums the square roots of
-that over the tokens: an expert matters if many tokens use it, and more if it adds much. The root keeps few tokens with
-huge outputs, such as the first of a text (attention sinks), from deciding; docs/prune.md has the comparison.
+that over the tokens: an expert matters if many tokens use it, and more if it adds much. The sum keeps rare experts, the
+root keeps few tokens with huge outputs from deciding; docs/prune.md has the comparison.
 
 Source: for `reap` Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE compression, 2025, equation 9
 (the mean, over the tokens that are routed to an expert, of its router weight times the norm of its output).
