@@ -20,6 +20,7 @@ class FakeSession:
     """Answers with the next script: its texts are tokens, an exception in it is raised there."""
 
     load_s = 0.5
+    residency = None
 
     def __init__(self, *scripts: Script, n_ctx: int = 1000) -> None:
         self.scripts = list(scripts)
