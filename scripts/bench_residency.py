@@ -1,14 +1,15 @@
 """Runs models in less RAM than they need: as moelocal does, and as llama.cpp's plain memory mapping does, not repacked.
 
 Each run is a process in a memory control group, whose limit is a share of the file's size, with the file's page cache
-dropped before and read-ahead of 128 KiB, a laptop's default. Runs go in pairs, ours and plain in turns; each pair
-begins with the disk's own speed: random reads of 1 MiB past the page cache with 1 to 16 in flight, of which the fastest
-counts. Tokens are random (the same for both), so routers choose as the file's weights have it: `make_synthetic.py
---skew 0` for the worst case, `--skew 1` for choices that repeat as those of trained models do.
+dropped before and read-ahead of 128 KiB, a laptop's default. Runs go in pairs, ours and plain in turns. Each pair
+begins with the disk's own speed (random reads of 1 MiB past the page cache, 1 to 16 in flight, the fastest counts)
+and ends with a run in RAM, without a limit: the ratio if nothing had to be read at all. Tokens are random (the same
+for all), so routers choose as the file's weights have it: `make_synthetic.py --skew 0` for the worst case, `--skew 1`
+for choices that repeat as those of trained models do.
 
 A run computes a prompt, then single tokens of which the first do not count. `bytes` are what the process had read from
 the disk. The bound is the disk's: bytes per token of our run / the disk's fastest speed. The last column says whether
-both computed the same logits in the end.
+all computed the same logits in the end.
 
 usage: sudo python scripts/bench_residency.py FILE.gguf ... [--limits 50,65,80] [--pairs 5] [--prompt 512] [--tokens 60]
 """
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,13 +35,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-OURS, PLAIN = "ours", "plain"
+OURS, PLAIN, IN_RAM = "ours", "plain", "in RAM"
 GROUPS = Path("/sys/fs/cgroup")
 READ_BYTES = 1 << 20
 IN_FLIGHT = (1, 2, 4, 8, 16)
 COLUMNS = (
-    "limit", "held", "decode: plain", "ours", "ratio", "MB per token: plain", "ours", "of the disk's bound",
-    "prefill ratio", "first token ratio", "same logits",
+    "limit", "held", "decode: plain", "ours", "ratio", "in RAM", "MB per token: plain", "ours",
+    "of the disk's bound", "prefill ratio", "in RAM", "first token ratio", "same logits",
 )  # fmt: skip
 
 
@@ -71,9 +72,10 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
     machine = detect(llama.devices(), llama.version())
     request = PlanRequest(n_ctx=sum(sizes) + 64, n_ubatch=512, repack=False)
     plan = make_plan(read_facts(header), machine, request)
-    if how == PLAIN:
+    if how != OURS:
         plan = replace(plan, disk_bytes=0)
-        vars(session)["warm"] = lambda *_: None  # llama.cpp itself reads the file as it maps it
+        if how == PLAIN:
+            vars(session)["warm"] = lambda *_: None  # llama.cpp itself reads the file as it maps it
     elif not plan.disk_bytes:
         raise SystemExit("the limit is not below what the model needs")
     noise = random.Random(1)
@@ -156,6 +158,12 @@ def disk_bytes_per_s(path: Path, seconds: float = 1.0) -> float:
     return best
 
 
+def fits(path: Path) -> bool:
+    """Whether free memory holds the file."""
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return path.stat().st_size + (2 << 30) < 1024 * int(rows["MemAvailable"].split()[0])
+
+
 def run(path: Path, how: str, sizes: Sizes, limit_bytes: int) -> dict[str, Any]:
     """One run in a process of its own, in a control group of its own."""
     with path.open("rb") as file:
@@ -179,30 +187,34 @@ def compare(path: Path, share: int, sizes: Sizes, n_pairs: int) -> str:
         disk = disk_bytes_per_s(path)
         order = (OURS, PLAIN) if i % 2 else (PLAIN, OURS)
         found = {how: run(path, how, sizes, limit_bytes) for how in order}
-        pairs.append((found[OURS], found[PLAIN], disk))
+        found[IN_RAM] = run(path, IN_RAM, sizes, 1 << 50) if fits(path) else {}
+        pairs.append((found, disk))
         print(
             f"{path.stem}, {share} %, pair {i + 1}: {json.dumps(found)}, disk {disk:.4g}", file=sys.stderr, flush=True
         )
 
-    def middle(values: Sequence[float], form: str = "{:.2f}") -> str:
-        return form.format(statistics.median(values))
+    def middle(how: str, key: str, form: str = "{:.2f}", unit: float = 1.0) -> str:
+        return form.format(statistics.median(found[how][key] / unit for found, _ in pairs))
 
-    def ratio(key: str, turned: bool = False) -> str:
-        values = [(theirs[key] / ours[key]) if turned else (ours[key] / theirs[key]) for ours, theirs, _ in pairs]
-        return f"{middle(values)} ({min(values):.2f} to {max(values):.2f})"
+    def ratio(how: str, key: str, power: int = 1) -> str:
+        values = [(found[how][key] / found[PLAIN][key]) ** power for found, _ in pairs if found[how]]
+        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
+    bound = [100 * found[OURS]["decode_per_s"] * found[OURS]["bytes_per_token"] / disk for found, disk in pairs]
     cells = (
         f"{share} %",
-        middle([100 * ours["held_bytes"] / path.stat().st_size for ours, _, _ in pairs], "{:.0f} %"),
-        middle([theirs["decode_per_s"] for _, theirs, _ in pairs]),
-        middle([ours["decode_per_s"] for ours, _, _ in pairs]),
-        ratio("decode_per_s"),
-        middle([theirs["bytes_per_token"] / 1e6 for _, theirs, _ in pairs], "{:.1f}"),
-        middle([ours["bytes_per_token"] / 1e6 for ours, _, _ in pairs], "{:.1f}"),
-        middle([100 * ours["decode_per_s"] * ours["bytes_per_token"] / disk for ours, _, disk in pairs], "{:.0f} %"),
-        ratio("prefill_s", turned=True),
-        ratio("first_token_s", turned=True),
-        "yes" if all(ours["logits"] == theirs["logits"] for ours, theirs, _ in pairs) else "NO",
+        middle(OURS, "held_bytes", "{:.0f} %", path.stat().st_size / 100),
+        middle(PLAIN, "decode_per_s"),
+        middle(OURS, "decode_per_s"),
+        ratio(OURS, "decode_per_s"),
+        ratio(IN_RAM, "decode_per_s"),
+        middle(PLAIN, "bytes_per_token", "{:.1f}", 1e6),
+        middle(OURS, "bytes_per_token", "{:.1f}", 1e6),
+        f"{statistics.median(bound):.0f} %",
+        ratio(OURS, "prefill_s", -1),
+        ratio(IN_RAM, "prefill_s", -1),
+        ratio(OURS, "first_token_s", -1),
+        "yes" if all(len({run["logits"] for run in found.values() if run}) == 1 for found, _ in pairs) else "NO",
     )
     return f"| {path.stem} | {' | '.join(cells)} |"
 

@@ -143,7 +143,8 @@ def _disk_line(chat: Chat) -> str:
     if not seen.n_tokens:
         return "\nexperts  streamed from the disk; nothing generated yet"
     n_bytes = format_bytes(int(seen.bytes_per_token))
-    return f"\nexperts  {seen.hit_rate:.0%} were in RAM when chosen, {n_bytes} read from the disk per token"
+    lossy = f"; {seen.n_replaced:,} choices were replaced (lossy)" if chat.session.plan.lossy_misses else ""
+    return f"\nexperts  {seen.hit_rate:.0%} were in RAM when chosen, {n_bytes} read from the disk per token{lossy}"
 
 
 def _save(chat: Chat, argument: str) -> Outcome:

@@ -113,6 +113,16 @@ class Placement:
         list[str] | None,
         option("--rpc", "Use another machine too, where moelocal worker runs; may be repeated.", "HOST:PORT"),
     ] = None
+    lossy_misses: Annotated[
+        int,
+        option(
+            "--lossy-misses",
+            "LOSSY, for models larger than RAM: of the experts chosen for a token in a layer, let up to N that are not "
+            "in RAM be replaced by the next best that are. Fewer reads, other answers. [0]",
+            "N",
+            min=0,
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         if self.cpu_only and self.rpc:
@@ -139,6 +149,7 @@ class Placement:
             experts_on_cpu=self.experts_on_cpu,
             objective=self.objective,
             one_shot=one_shot,
+            lossy_misses=self.lossy_misses,
         )
 
 

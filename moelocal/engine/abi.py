@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,20 @@ def captured_stderr() -> Iterator[Callable[[], list[str]]]:
             os.close(kept)
             file.seek(0)
             text = file.read()
+
+
+def leave_out_unread(low: Any, context: int) -> None:
+    """Has the last layer compute only tokens whose logits are asked for, where an architecture would compute all of
+    them for a predictor of further tokens that is not there: gpt-oss, Qwen3-Next, Gemma 4 and others.
+
+    Source: llama.cpp 0c1e57098, src/llama-ext.h `llama_set_embeddings_nextn(context, value, masked)`, C++: where
+    compilers name it otherwise (Windows), nothing changes.
+    """
+    with suppress(AttributeError):
+        switch = declare(
+            low, "_Z26llama_set_embeddings_nextnP13llama_contextbb", [ctypes.c_void_p] + [ctypes.c_bool] * 2, None
+        )
+        switch(context, False, True)
 
 
 def marked_batch(low: Any, ids: Sequence[int], marks: Sequence[bool]) -> tuple[Any, Any]:

@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 Expert = tuple[int, int]  # layer, index
+
+
+class ResidencyStats(NamedTuple):
+    """Of the tokens generated so far: choices of experts that were in RAM, and that were not; bytes asked for; choices
+    that were replaced before, if that was asked for: they count as hits."""
+
+    n_tokens: int = 0
+    n_hits: int = 0
+    n_misses: int = 0
+    n_bytes: int = 0
+    n_replaced: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the chosen experts that were in RAM."""
+        return self.n_hits / max(1, self.n_hits + self.n_misses)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes read from the disk for a token."""
+        return self.n_bytes / max(1, self.n_tokens)
+
+
+def replaced(order: Sequence[int], n_used: int, missing: Collection[int], n_most: int) -> list[int]:
+    """A token's choice with at most `n_most` of its missing experts replaced, the least wanted first, by the best that
+    are in RAM: of the next `n_used` in `order`, the router's of all experts, the likeliest first."""
+    chosen = list(order[:n_used])
+    others = [index for index in order[n_used : 2 * n_used] if index not in missing]
+    for place in reversed(range(n_used)):
+        if n_most and others and chosen[place] in missing:
+            chosen[place] = others.pop(0)
+            n_most -= 1
+    return chosen
 
 
 class ExpertCache:

@@ -365,6 +365,7 @@ def open_context(model: int, plan: Plan, n_ctx: int, abort: tuple[Any, Any] | No
     LOG.lines.clear()
     context = low.llama_init_from_model(model, params)
     if context:
+        abi.leave_out_unread(low, context)
         return int(context)
     details = LOG.tail()
     if OUT_OF_MEMORY.search("\n".join(line for _, line in LOG.lines)):

@@ -28,10 +28,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from moelocal.engine import mapped
-from moelocal.engine.expert_cache import Expert, ExpertCache
+from moelocal.engine.expert_cache import Expert, ExpertCache, ResidencyStats, replaced
 from moelocal.engine.libc import DONT_NEED, PAGE_BYTES, libc
 from moelocal.engine.nodes import I32, NAME_AT, NodeReader, Tensor
 from moelocal.engine.readahead import Piece, ReadAhead, fetch
@@ -52,25 +52,6 @@ _SPARE_BYTES = 128 << 20  # of free memory, left for what comes and goes
 _WARM_SHARE = 0.9  # of the room that is filled before anything is asked: the context is still being made
 _FORGET = 0.8  # of what the system took, as often
 _AUTOMATIC = 0.9  # a budget of at least so much of the free memory is the free memory, not a wish
-
-
-class ResidencyStats(NamedTuple):
-    """Of the tokens generated so far: choices of experts that were in RAM, and that were not; bytes asked for."""
-
-    n_tokens: int = 0
-    n_hits: int = 0
-    n_misses: int = 0
-    n_bytes: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the chosen experts that were in RAM."""
-        return self.n_hits / max(1, self.n_hits + self.n_misses)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes read from the disk for a token."""
-        return self.n_bytes / max(1, self.n_tokens)
 
 
 class Residency(NodeReader):
@@ -195,12 +176,27 @@ class Residency(NodeReader):
         n_used, n_tokens, stride = tensor.ne[0], tensor.ne[1], tensor.nb[1] // 4
         if tensor.type != I32:
             raise TypeError("the choice of experts is no int32")
+        if self._plan.lossy_misses and n_tokens == 1 and stride == len(experts):
+            self._replace(layer, tensor)
         ids = memoryview(self._read(pointer)).cast("B").cast("i")
         chosen = Counter(index for at in range(0, n_tokens * stride, stride) for index in ids[at : at + n_used])
         if 1 - (1 - n_used / len(experts)) ** n_tokens >= _SCAN_COVERAGE:
             self._scan(layer, chosen)
         else:
             self._step(layer, sorted(chosen), n_tokens)
+
+    def _replace(self, layer: int, tensor: Tensor) -> None:
+        """LOSSY, if asked for: lets experts in RAM stand in for missing ones, in the node itself: the first part of
+        the row of all experts as the router sorted them."""
+        if self._plan.placement is not None and self._plan.placement.layers[layer] != "CPU":
+            return  # the node is in a GPU's memory
+        order = (ctypes.c_int32 * len(self._ranges[layer])).from_address(tensor.data)
+        with self._lock:
+            missing = frozenset(self._missing(layer, order[: 2 * tensor.ne[0]]))
+        instead = replaced(order[:], tensor.ne[0], missing, self._plan.lossy_misses)
+        n_new = len(set(instead) - set(order[: tensor.ne[0]]))
+        order[: tensor.ne[0]] = instead
+        self.stats = self.stats._replace(n_replaced=self.stats.n_replaced + n_new)
 
     def _step(self, layer: int, chosen: Sequence[int], n_tokens: int) -> None:
         """One token, or a few: what is missing is requested now."""
@@ -219,11 +215,11 @@ class Residency(NodeReader):
         n_done = one.n_tokens + (n_tokens if layer == self._order[0] else 0)
         if layer == self._order[0] and n_done % _LOOK_EVERY == 0:
             self._limit()
-        self.stats = ResidencyStats(
-            n_done,
-            one.n_hits + len(chosen) - len(missing),
-            one.n_misses + len(missing),
-            one.n_bytes + len(missing) * self._bytes[layer],
+        self.stats = one._replace(
+            n_tokens=n_done,
+            n_hits=one.n_hits + len(chosen) - len(missing),
+            n_misses=one.n_misses + len(missing),
+            n_bytes=one.n_bytes + len(missing) * self._bytes[layer],
         )
 
     def _scan(self, layer: int, chosen: Counter[int]) -> None:

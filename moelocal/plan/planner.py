@@ -79,6 +79,7 @@ class Plan:
     workers: tuple[tuple[str, str], ...] = ()
     threads_batch: int | None = None
     flash_attn: bool | None = None
+    lossy_misses: int = 0  # of a token and layer, experts on the disk for which others in RAM may stand in
 
     @property
     def fits(self) -> bool:
@@ -247,6 +248,7 @@ def make_plan(facts: ModelFacts, machine: Machine, request: PlanRequest, history
         overrides=flags.overrides,
         threads_batch=request.threads_batch,
         flash_attn=request.flash_attn,
+        lossy_misses=request.lossy_misses if disk_bytes else 0,
         workers=tuple((device.name, device.buffer_name) for device in here.devices if device.kind == "rpc"),
     )
 

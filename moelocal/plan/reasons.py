@@ -122,5 +122,12 @@ def _running(
     yield f"{threads}, {request.source('threads')}" if request.threads else f"{threads}: one per core"
     if request.threads_batch:
         yield f"For prompts {request.threads_batch} of them, {request.source('threads_batch')}"
+    if request.lossy_misses and disk_bytes:
+        yield (
+            f"LOSSY, as asked: up to {request.lossy_misses} of a token's chosen experts in a layer are replaced by "
+            "the next best in RAM, if they would have to be read"
+        )
+    elif request.lossy_misses:
+        yield "--lossy-misses changes nothing: all weights are in memory"
     if request.flash_attn is not None:
         yield f"Flash attention {'on' if request.flash_attn else 'off'}, {request.source('flash_attn')}"

@@ -41,6 +41,7 @@ class PlanRequest:
     threads_batch: int | None = None
     flash_attn: bool | None = None
     tuned: tuple[str, ...] = ()
+    lossy_misses: int = 0  # of a token and layer, experts on the disk for which others in RAM may stand in
 
     def untuned(self) -> PlanRequest:
         """The same without what measuring gave."""

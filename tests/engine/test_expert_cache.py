@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelocal.engine.expert_cache import Expert, ExpertCache
+from moelocal.engine.expert_cache import Expert, ExpertCache, replaced
 
 BYTES = {0: 3, 1: 5}
 STEPS = st.lists(st.tuples(st.sampled_from(sorted(BYTES)), st.sets(st.integers(0, 6), min_size=1)), max_size=40)
@@ -36,3 +37,22 @@ def test_what_the_system_took_is_held_no_more() -> None:
     cache.forget(1, 2)
     cache.forget(1, 2)
     assert (1, 2) not in cache and (1, 3) in cache and cache.held_bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("order", "missing", "n_most", "expected"),
+    [
+        ([5, 3, 1, 0, 2, 4], (), 3, [5, 3, 1]),
+        ([5, 3, 1, 0, 2, 4], (1,), 0, [5, 3, 1]),
+        ([5, 3, 1, 0, 2, 4], (1,), 1, [5, 3, 0]),
+        ([5, 3, 1, 0, 2, 4], (5, 1), 1, [5, 3, 0]),  # the least wanted first
+        ([5, 3, 1, 0, 2, 4], (5, 1, 0), 2, [4, 3, 2]),  # the best that are there
+        ([5, 3, 1, 0, 2, 4], (5, 3, 1, 0, 2, 4), 3, [5, 3, 1]),  # nobody can stand in
+        ([5, 3, 1, 0, 2, 4], (5, 3, 1, 0, 2), 3, [5, 3, 4]),
+    ],
+)
+def test_experts_in_ram_stand_in_for_missing_ones(
+    order: list[int], missing: tuple[int, ...], n_most: int, expected: list[int]
+) -> None:
+    found = replaced(order, 3, missing, n_most)
+    assert found == expected and len(set(found)) == 3

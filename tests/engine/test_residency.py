@@ -72,6 +72,23 @@ def test_the_same_tokens_as_in_ram(geometry: str, room: int, tiny: Tiny) -> None
         assert stats.n_misses > stats.n_hits and stats.bytes_per_token > 0
 
 
+@pytest.mark.parametrize("geometry", ["tiny-qwen3moe", "tiny-gptoss", "tiny-deepseek2"])
+def test_replacing_missing_experts_reads_less_and_is_not_done_unasked(geometry: str, tiny: Tiny) -> None:
+    read, tokens = [], []
+    for lossy_misses in (0, 2):
+        with opened(tiny(geometry), replace(STREAMED, lossy_misses=lossy_misses)) as session:
+            residency = session.residency
+            assert residency is not None
+            residency._most_bytes = 12 * max(residency._bytes.values())  # of 4 layers with 8 and more each
+            residency._limit()
+            tokens.append(answer(session))
+            residency.commit()  # raises if the nodes could not be read
+            read.append(residency.stats)
+    exact, lossy = read
+    assert exact.n_replaced == 0 < lossy.n_replaced
+    assert lossy.n_misses < exact.n_misses and tokens[0] != tokens[1]
+
+
 def dropped(path: Path) -> None:
     """Takes a file out of the page cache, where the file system has one of its own."""
     with path.open("rb") as file:

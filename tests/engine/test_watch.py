@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,15 @@ def test_an_unfinished_batch_does_not_count() -> None:
         with pytest.raises(KeyboardInterrupt):
             next(running)
     assert {choices.n_tokens for choices in watch.take().values()} == {32}
+
+
+@pytest.mark.parametrize("geometry", ["tiny-qwen3moe", "tiny-gptoss", "tiny-lfm2moe"])
+def test_the_last_layer_of_a_prompt_computes_one_token(tiny: Tiny, geometry: str) -> None:
+    """Also where llama.cpp by itself would compute all of them: gpt-oss."""
+    path, watch = tiny(geometry), Watch()
+    with load([path], read_header(path), replace(plan(64), n_outputs=1), watch=watch) as session:
+        watch.begin()
+        session.evaluate(session.tokenize(TEXT)[:24])
+        watch.commit()
+    n_tokens = {layer: choices.n_tokens for layer, choices in watch.take().items()}
+    assert n_tokens.pop(max(n_tokens)) == 1 and set(n_tokens.values()) == {24}
