@@ -40,7 +40,7 @@ from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
-from scripts.families_child import FAMILIES, N_TOKENS, Family
+from scripts.families_list import FAMILIES, N_TOKENS, Family
 
 _CHILD = Path(__file__).with_name("families_child.py")
 _COLUMNS = (
