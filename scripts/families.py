@@ -40,8 +40,10 @@ from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
+from scripts.families_by_hand import BY_HAND, ByHand
 from scripts.families_list import FAMILIES, N_TOKENS, Family
 
+_ALL: dict[str, Family | ByHand] = {**FAMILIES, **BY_HAND}
 _CHILD = Path(__file__).with_name("families_child.py")
 _COLUMNS = (
     "family", "transformers' type", "converts", "logits match: top-1, KL", "plans exactly", "experts profiled",
@@ -50,7 +52,7 @@ _COLUMNS = (
 _REQUEST = PlanRequest(n_ctx=512, kv_type="f16", n_ubatch=N_TOKENS, repack=False, n_outputs=N_TOKENS, flash_attn=False)
 
 
-def tried(family: Family, args: argparse.Namespace) -> list[str]:
+def tried(family: Family | ByHand, args: argparse.Namespace) -> list[str]:
     """The cells of a family's row after its name; those after a failure are empty."""
     cells: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +116,7 @@ def quantized(work: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(_ALL)}; default all")
     parser.add_argument("--torch", required=True, metavar="PYTHON")
     parser.add_argument("--llama-cpp", type=Path, required=True)
     parser.add_argument("--tokenizers", type=Path, required=True)
@@ -122,12 +124,12 @@ def main() -> int:
     args = parser.parse_args()
     kept: dict[str, list[str]] = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}", flush=True)
-    for kind in args.families or FAMILIES:
+    for kind in args.families or _ALL:
         if kind not in kept:
-            kept[kind] = tried(FAMILIES[kind], args)
+            kept[kind] = tried(_ALL[kind], args)
             if args.keep:
                 args.keep.write_text(json.dumps(kept, indent=1) + "\n")
-        cells = [FAMILIES[kind].name, kind, *kept[kind]]
+        cells = [_ALL[kind].name, f"{kind}, by hand" if kind in BY_HAND else kind, *kept[kind]]
         print(f"| {' | '.join(cells + [''] * (len(_COLUMNS) - len(cells)))} |", flush=True)
     return 0
 

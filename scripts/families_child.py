@@ -19,6 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import families_by_hand
+from scripts.families_by_hand import BY_HAND, Reference
 from scripts.families_list import FAMILIES, N_TOKENS, SHAPE, Family
 
 
@@ -87,17 +89,20 @@ class RankedTokenizer(PreTrainedTokenizerFast):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make(family: Family, folder: Path, tokenizer: Path) -> None:
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added")):
+            shutil.copy(file, folder / file.name)
+
+
+def make(family: Family, folder: Path) -> None:
     """Writes a random checkpoint; the same one every time. Embeddings are wide, as in trained models: what a layer adds
     must not drown what it was given, or every token is a tie."""
     import torch
     import transformers
 
     torch.manual_seed(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer.iterdir():
-        if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added")):
-            shutil.copy(file, folder / file.name)
     if family.tokens:
         _add_tokens(folder / "tokenizer.json", family.tokens)
     config = transformers.AutoConfig.for_model(family.kind, **{**SHAPE, **vocabulary(folder), **family.config})
@@ -128,14 +133,14 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
         saved.write_text(json.dumps(json.loads(saved.read_text()) | dict(family.published)))
 
 
-def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
+def convert(folder: Path, out: Path, llama_cpp: Path, *, is_without_mtp: bool) -> None:
     """Converts with llama.cpp's own converter.
 
     Raises:
         SystemExit: it cannot, with its last line.
     """
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", out]
-    if family.is_without_mtp:
+    if is_without_mtp:
         command.append("--no-nextn")  # as `moelocal convert` does: transformers makes no layers for a second token
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -179,9 +184,15 @@ def main() -> int:
     import numpy as np
 
     kind, work, llama_cpp, tokenizer = sys.argv[1], *map(Path, sys.argv[2:5])
-    make(FAMILIES[kind], work / "hf", tokenizer)
-    convert(FAMILIES[kind], work / "hf", work / "model.gguf", llama_cpp)
-    tokens, found = logits(FAMILIES[kind], work / "hf")
+    folder = work / "hf"
+    _copy_tokenizer(tokenizer, folder)
+    by_hand = BY_HAND.get(kind)
+    if by_hand:
+        families_by_hand.make(by_hand, folder, vocabulary(folder))
+    else:
+        make(FAMILIES[kind], folder)
+    convert(folder, work / "model.gguf", llama_cpp, is_without_mtp=not by_hand and FAMILIES[kind].is_without_mtp)
+    tokens, found = Reference(by_hand, folder).logits() if by_hand else logits(FAMILIES[kind], folder)
     (work / "tokens.json").write_text(json.dumps(tokens))
     np.save(work / "logits.npy", found)
     return 0

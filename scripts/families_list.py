@@ -170,6 +170,13 @@ FAMILIES = {
             "num_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
             "sliding_window": 32, "layer_types": _THREE_SLIDING,
         }, published={"scoring_func": "sigmoid"}),
+        Family("Gemma 4 MoE", "gemma4_text", "gemma3", {
+            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "top_k_experts": 2,
+            "enable_moe_block": True, "head_dim": 64, "global_head_dim": 128, "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 32,
+            "layer_types": _THREE_SLIDING, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
+            "vocab_size": 262145,
+        }, embedding_std=0.06),
         Family("Nemotron-H MoE", "nemotron_h", "qwen3", {
             "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
             "moe_shared_expert_intermediate_size": 256, "n_shared_experts": 1, "head_dim": 64,

@@ -6,6 +6,11 @@ _REASONS = {
     "JetMoeForCausalLM": "its attention heads are experts too, and llama.cpp has no graph for that",
     "FlexOlmoForCausalLM": "its norms come after the blocks, and llama.cpp has OLMoE with norms before them alone",
     "LongcatFlashForCausalLM": "its layers have two attentions each, and llama.cpp has no graph for that",
+    "MiniMaxForCausalLM": "its converter knows these weights only under the names of MiniMaxAI/MiniMax-Text-01, not of "
+    "MiniMax-Text-01-hf",
+    "DogeForCausalLM": "its attention chooses its own mask, and llama.cpp has no graph for that",
+    "ZayaForCausalLM": "its attention is a convolution of queries and keys too, and llama.cpp has no graph for that",
+    "AriaForConditionalGeneration": "it reads pictures too, and llama.cpp has no graph for any part of it",
     "NllbMoeForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
     "SwitchTransformersForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
 }
