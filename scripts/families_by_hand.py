@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from scripts.families_list import N_TOKENS
 
-N_LAYERS, N_WIDTH, N_HEADS, N_KV, N_HEAD = 4, 256, 4, 2, 64
+N_WIDTH, N_HEADS, N_KV, N_HEAD = 256, 4, 2, 64
 N_EXPERTS, N_USED, N_EXPERT_WIDTH, N_DENSE_WIDTH = 16, 4, 256, 512
 N_GROUPS, N_GROUPS_USED = 4, 2
 EPS, THETA = 1e-6, 10000.0
 _SHAPE = {
-    "hidden_size": N_WIDTH, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS, "num_key_value_heads": N_KV,
+    "hidden_size": N_WIDTH, "num_attention_heads": N_HEADS, "num_key_value_heads": N_KV,
     "max_position_embeddings": 2048, "rms_norm_eps": EPS, "rope_theta": THETA, "torch_dtype": "float32",
 }  # fmt: skip
 _W = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -45,6 +45,7 @@ class ByHand(NamedTuple):
     """`names`: roles and the tensors' published names, `L` and `E` in them for layer and expert; a role that is not
     among them is not in the model. `config`: what config.json has beside the common keys. Switches:
 
+    - `n_layers`: llama.cpp takes SmallThinker's steps without rotation for none where the layers are as many as a step
     - `score`: of the router's logits; `is_normed`: the weights of the chosen experts add up to one, times `scale`
     - `n_dense`: leading layers without experts; `is_parallel`: experts read the layer's input, beside a dense MLP
     - `routes_early`: the router reads the layer's input, before any norm
@@ -58,6 +59,7 @@ class ByHand(NamedTuple):
     architecture: str
     names: Mapping[str, str]
     config: Mapping[str, Any]
+    n_layers: int = 4
     score: str = "softmax"
     is_normed: bool = True
     scale: float = 1.0
@@ -115,9 +117,9 @@ BY_HAND = {
         }, {
             "model_type": "smallthinker", "head_dim": N_HEAD, "moe_num_primary_experts": N_EXPERTS,
             "moe_num_active_primary_experts": N_USED, "moe_ffn_hidden_size": N_EXPERT_WIDTH,
-            "moe_primary_router_apply_softmax": False, "norm_topk_prob": True, "rope_layout": [0, 1, 1, 1],
-            "sliding_window_layout": [0, 1, 1, 1], "sliding_window_size": 4096, "tie_word_embeddings": False,
-        }, score="sigmoid", act="relu", routes_early=True, no_rope=(0,)),
+            "moe_primary_router_apply_softmax": False, "norm_topk_prob": True, "rope_layout": [0, 1, 1, 1] * 2,
+            "sliding_window_layout": [0, 1, 1, 1] * 2, "sliding_window_size": 4096, "tie_word_embeddings": False,
+        }, n_layers=8, score="sigmoid", act="relu", routes_early=True, no_rope=(0, 4)),
     )
 }  # fmt: skip
 
@@ -158,7 +160,7 @@ def tensors_of(family: ByHand, n_vocab: int) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(1)
     made: dict[str, Any] = {}
     for role in family.names:
-        for layer in range(N_LAYERS if family.names[role].startswith("L.") else 1):
+        for layer in range(family.n_layers if family.names[role].startswith("L.") else 1):
             is_dense = layer < family.n_dense
             if role.endswith(("_exp", "_shared", "router", "router_bias")) and is_dense:
                 continue
@@ -179,7 +181,8 @@ def make(family: ByHand, folder: Path, ids: Mapping[str, int]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors_of(family, ids["vocab_size"]), folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": [family.architecture], **_SHAPE, **ids, **family.config}
+    shape = {**_SHAPE, "num_hidden_layers": family.n_layers, **ids}
+    config = {"architectures": [family.architecture], **shape, **family.config}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -281,7 +284,7 @@ class Reference:
 
         tokens = torch.randint(300, 1900, (N_TOKENS,), generator=torch.Generator().manual_seed(2))
         x = self._weight("embed")[tokens] * self.family.scales["embed"]
-        for layer in range(N_LAYERS):
+        for layer in range(self.family.n_layers):
             x = self._layer(x, layer)
         output = self._weight("embed" if self.family.is_tied else "head")
         return tokens.tolist(), (self._norm(x, "norm") @ output.T * self.family.scales["logits"]).numpy()

@@ -62,7 +62,8 @@ def _add_tokens(path: Path, texts: Sequence[str]) -> None:
 
 
 def _show_ranks(folder: Path, vocab_size: int) -> None:
-    """Makes the tokenizer a program of the checkpoint's own that shows the ranks of its tokens, as Hunyuan's is."""
+    """Makes the tokenizer a program of the checkpoint's own that shows the ranks of its tokens, as Hunyuan's is.
+    Only of the first ones: the converter takes a minute for all."""
     (folder / "tokenization_ranked.py").write_text(
         f"""from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -78,8 +79,7 @@ class RankedTokenizer(PreTrainedTokenizerFast):
     @property
     def mergeable_ranks(self):
         bytes_of = {{text: byte for byte, text in bytes_to_unicode().items()}}
-        added = self.get_added_vocab()
-        plain = {{text: rank for text, rank in self.get_vocab().items() if text not in added}}
+        plain = {{text: rank for text, rank in self.get_vocab().items() if rank < 8000}}
         return {{bytes(bytes_of[text] for text in token): rank for token, rank in plain.items()}}
 """
     )
