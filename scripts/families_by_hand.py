@@ -50,6 +50,7 @@ class ByHand(NamedTuple):
     - `n_dense`: leading layers without experts; `is_parallel`: experts read the layer's input, beside a dense MLP
     - `routes_early`: the router reads the layer's input, before any norm
     - `rope_part`: of each head, that turns; `no_rope`: each of these layers does not turn
+    - `is_altered`: computes as llama.cpp does where that is something else: GroveMoE's small experts, one for each two
     - `act`: silu, gelu or relu; `softcap`: of attention scores; `is_tied`: the embedding is the output too
     """
 
@@ -68,12 +69,22 @@ class ByHand(NamedTuple):
     routes_early: bool = False
     rope_part: float = 1.0
     no_rope: tuple[int, ...] = ()
+    is_altered: bool = False
     act: str = "silu"
     softcap: float = 0.0
     is_tied: bool = False
     scales: Mapping[str, float] = MappingProxyType({"embed": 1.0, "scores": N_HEAD**-0.5, "logits": 1.0})
 
 
+GROVE = ByHand("GroveMoE", "grove_moe", "qwen3", "GroveMoeForCausalLM", {
+    **_LLAMA, "q_norm": "L.self_attn.q_norm", "k_norm": "L.self_attn.k_norm", "router": "L.mlp.gate",
+    **{f"{part}_exp": f"L.mlp.experts.E.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"{part}_small": f"L.mlp.chunk_experts.E.{part}_proj" for part in ("gate", "up", "down")},
+}, {
+    "model_type": "grove_moe", "head_dim": N_HEAD, "num_experts": N_EXPERTS, "num_experts_per_tok": N_USED,
+    "moe_intermediate_size": N_EXPERT_WIDTH, "intermediate_size": N_DENSE_WIDTH, "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+})  # fmt: skip
 BY_HAND = {
     family.key: family
     for family in (
@@ -120,6 +131,8 @@ BY_HAND = {
             "moe_primary_router_apply_softmax": False, "norm_topk_prob": True, "rope_layout": [0, 1, 1, 1] * 2,
             "sliding_window_layout": [0, 1, 1, 1] * 2, "sliding_window_size": 4096, "tie_word_embeddings": False,
         }, n_layers=8, score="sigmoid", act="relu", routes_early=True, no_rope=(0, 4)),
+        GROVE,
+        GROVE._replace(name="GroveMoE, altered", key="grove_moe-altered", is_altered=True),
     )
 }  # fmt: skip
 
@@ -139,7 +152,7 @@ def shape_of(family: ByHand, role: str, n_vocab: int) -> tuple[int, ...]:
         return {"q": n_query, "k": n_key, "v": n_key, "qkv": n_query + 2 * n_key}[role], N_WIDTH
     if role == "o":
         return N_WIDTH, n_query
-    width = N_EXPERT_WIDTH
+    width = N_HEAD if role.endswith("_small") else N_EXPERT_WIDTH
     if role.endswith("_dense"):
         width = N_WIDTH if family.is_parallel else N_DENSE_WIDTH
     return (N_WIDTH, width) if role.startswith("down") else (width, N_WIDTH)
@@ -166,11 +179,13 @@ def tensors_of(family: ByHand, n_vocab: int) -> dict[str, Any]:
                 continue
             if role.endswith("_dense") and not is_dense and not family.is_parallel:
                 continue
-            for expert in range(N_EXPERTS if role.endswith("_exp") else 1):
+            for expert in range({"exp": N_EXPERTS, "small": N_EXPERTS // 2}.get(role.partition("_")[2], 1)):
                 mean = 1.0 if role.endswith("norm") else 0.0
                 std = 0.1 if role.endswith(("norm", "bias")) else 0.06
                 if role == "embed":
                     std = 0.06 if family.is_tied else 1.0
+                elif role.endswith("_small"):
+                    std = 0.25  # what they add counts for a twentieth only
                 values = torch.empty(shape_of(family, role, n_vocab)).normal_(mean, std, generator=noise)
                 made[published_name(family, role, layer, expert)] = values
     return made
@@ -259,9 +274,23 @@ class Reference:
         weights = scores.gather(1, chosen)
         if self.family.is_normed:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        shares = torch.zeros_like(scores).scatter(1, chosen, weights * self.family.scale)
-        outputs = torch.stack([self._mlp(x, "exp", layer, expert) for expert in range(N_EXPERTS)], dim=1)
-        return (shares[..., None] * outputs).sum(dim=1)
+        made = self._mixed(x, chosen, weights * self.family.scale, "exp", layer)
+        if "gate_small" not in self.family.names:
+            return made
+        shared = chosen // 2
+        if not self.family.is_altered:
+            return made + 0.05 * self._mixed(x, shared, weights, "small", layer)
+        weights = scores.gather(1, shared)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return made + 0.05 * self._mixed(made, shared, weights, "small", layer)
+
+    def _mixed(self, x: Any, chosen: Any, weights: Any, kind: str, layer: int) -> Any:
+        """The chosen experts' outputs, weighted; an expert that is chosen twice counts twice."""
+        total = 0
+        for expert in range(N_EXPERTS if kind == "exp" else N_EXPERTS // 2):
+            share = (weights * (chosen == expert)).sum(dim=-1, keepdim=True)
+            total = total + share * self._mlp(x, kind, layer, expert)
+        return total
 
     def _layer(self, x: Any, layer: int) -> Any:
         family, given = self.family, x

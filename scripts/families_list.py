@@ -25,6 +25,7 @@ _QWEN_MOE = {
     "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4,
     "norm_topk_prob": True, "head_dim": 64, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 256,
 }  # fmt: skip
+_GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>")
 _THREE_SLIDING = [*["sliding_attention"] * 3, "full_attention"]
 
 
@@ -109,7 +110,11 @@ FAMILIES = {
             "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
             "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
             "norm_topk_prob": True, "num_nextn_predict_layers": 0,
-        }, tokens=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>")),
+        }, tokens=_GLM),
+        Family("GLM-4.7-Flash", "glm4_moe_lite", "qwen3", {
+            **_DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_group": 1, "topk_group": 1,
+            "norm_topk_prob": True, "routed_scaling_factor": 1.8, "num_nextn_predict_layers": 0,
+        }, tokens=_GLM, published={"scoring_func": "sigmoid"}),
         Family("DBRX", "dbrx", "gptoss", {
             "d_model": 256, "n_heads": 4, "n_layers": 4, "max_seq_len": 2048,
             "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 8, "moe_top_k": 2, "moe_loss_weight": 0.0},
@@ -147,6 +152,11 @@ FAMILIES = {
             "intermediate_size": 256, "moe_intermediate_size": [256] * 4, "num_experts": 8, "moe_topk": [2] * 4,
             "num_shared_expert": [1] * 4, "head_dim": 64, "use_mixed_mlp_moe": True,
         }, shows_ranks=True),
+        Family("Hy3", "hy_v3", "qwen3", {
+            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
+            "num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "head_dim": 64,
+            "router_scaling_factor": 2.5,
+        }, published={"first_k_dense_replace": 1}),
         Family("dots1", "dots1", "qwen3", {
             "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
             "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
@@ -177,6 +187,12 @@ FAMILIES = {
             "layer_types": _THREE_SLIDING, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
             "vocab_size": 262145,
         }, embedding_std=0.06),
+        Family("Mellum 2", "mellum", "qwen3", {
+            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
+            "head_dim": 64, "sliding_window": 32, "layer_types": _THREE_SLIDING, "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in sorted(set(_THREE_SLIDING))
+            },
+        }),
         Family("Nemotron-H MoE", "nemotron_h", "qwen3", {
             "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
             "moe_shared_expert_intermediate_size": 256, "n_shared_experts": 1, "head_dim": 64,
