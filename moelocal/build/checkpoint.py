@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelocal.build.families import unsupported_reason
+from moelocal.build import families
 from moelocal.errors import BadRequest
 
 TYPES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
@@ -183,7 +183,7 @@ def check_architecture(architecture: str, known: Iterable[str]) -> None:
     Raises:
         BadRequest: with the reason, or with names that are like it.
     """
-    if reason := unsupported_reason(architecture):
+    if reason := families.unsupported_reason(architecture):
         raise BadRequest(
             f"llama.cpp does not support {architecture}: {reason}.", "Models that it runs: moelocal list --all"
         )
@@ -201,14 +201,7 @@ def check_architecture(architecture: str, known: Iterable[str]) -> None:
 def remark_on(config: Mapping[str, Any]) -> str:
     """What is wrong with a configuration, though the converter would take it; '' for nothing."""
     text = config.get("text_config")
-    inner = text if isinstance(text, dict) else config
-    if architecture_of(config) == "DeepseekV3ForCausalLM" and "scoring_func" not in inner:
-        return (
-            "config.json does not say how the router scores experts (transformers 5 leaves scoring_func out), so "
-            "llama.cpp would take softmax. DeepSeek-V3 and Kimi-K2 use sigmoid: if this model does, add "
-            '"scoring_func": "sigmoid" to config.json and convert again.'
-        )
-    return ""
+    return families.remark_on(architecture_of(config), text if isinstance(text, dict) else config)
 
 
 def check_tokenizer(names: Iterable[str], where: str) -> None:

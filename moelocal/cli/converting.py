@@ -128,6 +128,7 @@ def _look(source: str, conversion: Conversion) -> tuple[Checkpoint, Remote | Non
         MoelocalError: no checkpoint.
     """
     from moelocal.build.checkpoint import CONFIG, architecture_of, check_architecture, open_checkpoint, read_config
+    from moelocal.build.families import check_router
     from moelocal.build.remote import look
     from moelocal.paths import user_path
 
@@ -135,8 +136,10 @@ def _look(source: str, conversion: Conversion) -> tuple[Checkpoint, Remote | Non
     if path.exists() and not path.is_dir():
         raise _a_file(path)
     remote = None if path.is_dir() else look(_repo(source), conversion.trust_code)
-    architecture = architecture_of(remote.head.config if remote else read_config(path / CONFIG))
+    config = remote.head.config if remote else read_config(path / CONFIG)
+    architecture = architecture_of(config)
     check_architecture(architecture, [architecture])
+    check_router(architecture, config, source)
     return (remote.head, remote) if remote else (open_checkpoint(path.resolve()), None)
 
 

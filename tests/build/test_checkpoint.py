@@ -17,6 +17,7 @@ from moelocal.build.checkpoint import (
     read_config,
     remark_on,
 )
+from moelocal.build.families import check_router
 from moelocal.errors import BadRequest
 from tests.build.checkpoints import ARCHITECTURE, Shapes, safetensors, write_checkpoint
 
@@ -127,6 +128,22 @@ def test_unknown_architectures_get_names_like_theirs() -> None:
     assert "Names like it: Qwen3MoeForCausalLM" in caught.value.hint
     with pytest.raises(BadRequest, match=r"llama\.cpp does not support JetMoeForCausalLM: "):
         check_architecture("JetMoeForCausalLM", [*known, "JetMoeForCausalLM"])
+
+
+@pytest.mark.parametrize("said", [None, "noaux_tc"])
+def test_families_that_do_not_run_without_a_scoring_function(said: str | None) -> None:
+    config = {"scoring_func": said, "n_group": 1}
+    check_router("Dots1ForCausalLM", config | {"scoring_func": "sigmoid"}, "x")
+    check_router("Qwen3MoeForCausalLM", config, "x")
+    with pytest.raises(BadRequest, match="noaux_tc" if said else "does not say how the router") as caught:
+        check_router("Dots1ForCausalLM", config, "x")
+    assert '"scoring_func": "sigmoid"' in caught.value.hint
+
+
+def test_afmoe_without_its_norm_is_remarked() -> None:
+    config = {"architectures": ["AfmoeForCausalLM"]}
+    assert '"route_norm": true' in remark_on(config)
+    assert remark_on(config | {"route_norm": True}) == ""
 
 
 def test_deepseek_without_a_scoring_function_is_remarked(tmp_path: Path) -> None:

@@ -113,6 +113,23 @@ def test_an_unknown_architecture_ends_before_the_weights(
     assert hub.wire["config.json"] and not hub.wire[WEIGHTS]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        ("MiniMaxForCausalLM", "under the names of MiniMaxAI/MiniMax-Text-01"),
+        ("JetMoeForCausalLM", "its attention heads are experts too"),
+        ("Dots1ForCausalLM", "calls its router's scores 'noaux_tc'"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_told_from_the_configuration_alone(
+    run: Run, tmp_path: Path, home: Path, architecture: str, says: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "scoring_func": "noaux_tc"}))
+    done = run("convert", str(tmp_path))
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert made(home) == [] and "fetch" not in done.stderr.lower()
+
+
 def test_a_tokenizer_that_cannot_be_read_ends_before_the_weights(
     run: Run, tools: list[str], hub: HubServer, tmp_path: Path, home: Path
 ) -> None:
