@@ -11,7 +11,10 @@ A run computes a prompt, then single tokens of which the first do not count. `by
 the disk. The bound is the disk's: bytes per token of our run / the disk's fastest speed. The last column says whether
 all computed the same logits in the end.
 
+With `--soak MINUTES`, instead: prompts and tokens in turns for so long, ours only, and what the control group counted.
+
 usage: sudo python scripts/bench_residency.py FILE.gguf ... [--limits 50,65,80] [--pairs 5] [--prompt 512] [--tokens 60]
+       sudo python scripts/bench_residency.py FILE.gguf --soak 30 --limits 50
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-OURS, PLAIN, IN_RAM = "ours", "plain", "in RAM"
+OURS, PLAIN, IN_RAM, SOAK = "ours", "plain", "in RAM", "soak"
 GROUPS = Path("/sys/fs/cgroup")
 READ_BYTES = 1 << 20
 IN_FLIGHT = (1, 2, 4, 8, 16)
@@ -70,9 +73,9 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
 
     header = read_header(path)
     machine = detect(llama.devices(), llama.version())
-    request = PlanRequest(n_ctx=sum(sizes) + 64, n_ubatch=512, repack=False)
+    request = PlanRequest(n_ctx=min(sum(sizes), 2048) + 64, n_ubatch=512, repack=False)
     plan = make_plan(read_facts(header), machine, request)
-    if how != OURS:
+    if how in (PLAIN, IN_RAM):
         plan = replace(plan, disk_bytes=0)
         if how == PLAIN:
             vars(session)["warm"] = lambda *_: None  # llama.cpp itself reads the file as it maps it
@@ -82,6 +85,8 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
     n_vocab = len(header.metadata["tokenizer.ggml.tokens"])
     tokens = [noise.randrange(n_vocab) for _ in range(sum(sizes))]
     with session.load([path], header, plan) as open_session:
+        if how == SOAK:
+            return soak(open_session, tokens, started + sizes.n_tokens)
         loaded, loaded_bytes = time.monotonic(), read_bytes()
         open_session.evaluate(tokens[: sizes.n_prompt])
         prompted, prompted_bytes = time.monotonic(), read_bytes()
@@ -100,6 +105,26 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
             "held_bytes": residency.held_bytes if residency else 0,
             "logits": hashlib.sha256(repr(logits).encode()).hexdigest(),
         }
+
+
+def soak(session: Any, tokens: list[int], end: float) -> dict[str, Any]:
+    """Until that time: a prompt of 512 and 256 tokens after it, again and again."""
+    n_done = 0
+    while time.monotonic() < end:
+        session.rewind(0)
+        session.evaluate(tokens[:512])
+        for at in range(512, 768):
+            session.evaluate(tokens[at : at + 1], one_by_one=True)
+        n_done += 1
+        noise = random.Random(n_done)
+        noise.shuffle(tokens)
+    folder = next(GROUPS.glob(f"**/moelocal-{os.getppid()}"))
+    counts = {}
+    for name in ("memory.peak", "memory.max_usage_in_bytes", "memory.events", "memory.oom_control"):
+        with suppress(OSError):
+            counts[name] = (folder / name).read_text().split()
+    held = session.residency.held_bytes
+    return {"prompts": n_done, "tokens": 256 * n_done, "hits": session.residency.stats.hit_rate, "held": held, **counts}
 
 
 @contextmanager
@@ -231,11 +256,20 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--warm", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--soak", type=int, metavar="MINUTES")
     parser.add_argument("--read-ahead", type=int, default=128, metavar="KIB")
     args = parser.parse_args()
     if os.geteuid():
         parser.error("this needs root: for the control group, and for the disk's read-ahead")
     sizes = Sizes(args.prompt, args.warm, args.tokens)
+    if args.soak:
+        for path in args.files:
+            for share in args.limits.split(","):
+                limit_bytes = path.stat().st_size * int(share) // 100
+                with read_ahead(path, args.read_ahead):
+                    counted = run(path, SOAK, Sizes(512, 256, 60 * args.soak), limit_bytes)
+                print(f"{path.stem}, limit {limit_bytes:,} bytes, {args.soak} minutes: {json.dumps(counted)}")
+        return 0
     rows = []
     for path in args.files:
         with read_ahead(path, args.read_ahead):

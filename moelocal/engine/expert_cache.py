@@ -1,12 +1,23 @@
-"""Which experts RAM holds: the least recently used ones leave. Keeps the books only; see `residency.py`."""
+"""Which experts RAM holds, and which leave first. Keeps the books only; see `residency.py`.
+
+Each use of an expert counts half of one `HORIZON` tokens later; the expert with the least leaves. So what was used once
+just now leaves before what is used again and again, which a cache of the least recently used (LRU) has the other way
+round; `scripts/cache_policies.py` compares them.
+
+Source: Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used
+policies", IEEE Transactions on Computers 50 (2001).
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import heapq
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 Expert = tuple[int, int]  # layer, index
+HORIZON = 64  # tokens: from 16 to 256 the fewest misses, taken together
+_NEVER = -1e6  # ranks of experts that nobody used yet lie below
 
 
 class ResidencyStats(NamedTuple):
@@ -43,12 +54,15 @@ def replaced(order: Sequence[int], n_used: int, missing: Collection[int], n_most
 
 
 class ExpertCache:
-    """Experts in the order of their last use. `expert_bytes`: of one expert, by layer."""
+    """Experts by rank: log2 of the sum of 2 ** (time / HORIZON) over their uses; waiting does not change its order.
+    `expert_bytes`: of one expert, by layer; `now`: the time in tokens."""
 
     def __init__(self, expert_bytes: Mapping[int, int], room_bytes: int = 0) -> None:
-        self.room_bytes, self.held_bytes = room_bytes, 0
+        self.room_bytes, self.held_bytes, self.now = room_bytes, 0, 0
         self._expert_bytes = expert_bytes
-        self._held: OrderedDict[Expert, None] = OrderedDict()
+        self._held: dict[Expert, None] = {}
+        self._ranks: dict[Expert, float] = {}  # of all experts, since what left may come again
+        self._heap: list[tuple[float, Expert]] = []  # of those held; ranks only grow, so these may be too low
 
     def __contains__(self, expert: Expert) -> bool:
         return expert in self._held
@@ -61,16 +75,20 @@ class ExpertCache:
         """Room for more; negative: too many are held."""
         return self.room_bytes - self.held_bytes
 
-    def use(self, layer: int, experts: Iterable[int]) -> None:
-        """Marks those of them that are held as just used."""
-        for index in experts:
-            if (layer, index) in self._held:
-                self._held.move_to_end((layer, index))
+    def use(self, layer: int, uses: Mapping[int, int], n_tokens: int = 1) -> None:
+        """Counts how often each expert was chosen by the last `n_tokens` tokens, held or not."""
+        share = min(1.0, HORIZON / math.log(2) / n_tokens)  # of them counts, if they came evenly
+        for index, n in uses.items():
+            new = self.now / HORIZON + math.log2(n * share)
+            old = self._ranks.get((layer, index), _NEVER)
+            self._ranks[layer, index] = max(old, new) + math.log2(1 + 2.0 ** -min(64.0, abs(old - new)))
 
     def admit(self, layer: int, experts: Sequence[int]) -> None:
-        """Holds more experts, as just used."""
+        """Holds more experts. Of those that were never used, the first to come are the last to leave."""
         for index in experts:
             if (layer, index) not in self._held:
+                rank = self._ranks.setdefault((layer, index), _NEVER - len(self._held))
+                heapq.heappush(self._heap, (rank, (layer, index)))
                 self._held[layer, index] = None
                 self.held_bytes += self._expert_bytes[layer]
 
@@ -80,11 +98,21 @@ class ExpertCache:
             del self._held[layer, index]
             self.held_bytes -= self._expert_bytes[layer]
 
-    def overflow(self, n_kept: int = 0) -> list[Expert]:
-        """Lets the least recently used go until the rest fits, but not the `n_kept` latest. Returns which went."""
+    def overflow(self, kept: Collection[Expert] = ()) -> list[Expert]:
+        """Lets the lowest ranks go until the rest fits, but not the `kept`. Returns which went."""
         gone: list[Expert] = []
-        while self.held_bytes > self.room_bytes and len(self._held) > n_kept:
-            expert, _ = self._held.popitem(last=False)
-            self.held_bytes -= self._expert_bytes[expert[0]]
-            gone.append(expert)
+        aside: list[tuple[float, Expert]] = []
+        while self.held_bytes > self.room_bytes and self._heap:
+            rank, expert = heapq.heappop(self._heap)
+            if expert not in self._held:
+                continue
+            if expert in kept:
+                aside.append((rank, expert))
+            elif rank < self._ranks[expert]:
+                heapq.heappush(self._heap, (self._ranks[expert], expert))
+            else:
+                self.forget(*expert)
+                gone.append(expert)
+        for one in aside:
+            heapq.heappush(self._heap, one)
         return gone

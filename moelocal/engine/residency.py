@@ -181,9 +181,9 @@ class Residency(NodeReader):
         ids = memoryview(self._read(pointer)).cast("B").cast("i")
         chosen = Counter(index for at in range(0, n_tokens * stride, stride) for index in ids[at : at + n_used])
         if 1 - (1 - n_used / len(experts)) ** n_tokens >= _SCAN_COVERAGE:
-            self._scan(layer, chosen)
+            self._scan(layer, chosen, n_tokens)
         else:
-            self._step(layer, sorted(chosen), n_tokens)
+            self._step(layer, chosen, n_tokens)
 
     def _replace(self, layer: int, tensor: Tensor) -> None:
         """LOSSY, if asked for: lets experts in RAM stand in for missing ones, in the node itself: the first part of
@@ -195,18 +195,20 @@ class Residency(NodeReader):
             missing = frozenset(self._missing(layer, order[: 2 * tensor.ne[0]]))
         instead = replaced(order[:], tensor.ne[0], missing, self._plan.lossy_misses)
         n_new = len(set(instead) - set(order[: tensor.ne[0]]))
-        order[: tensor.ne[0]] = instead
+        for place, index in enumerate(instead):
+            order[place] = index
         self.stats = self.stats._replace(n_replaced=self.stats.n_replaced + n_new)
 
-    def _step(self, layer: int, chosen: Sequence[int], n_tokens: int) -> None:
+    def _step(self, layer: int, chosen: Counter[int], n_tokens: int) -> None:
         """One token, or a few: what is missing is requested now."""
         with self._lock:
-            missing = self._missing(layer, chosen)
-            self._cache.use(layer, chosen)
+            self._cache.now += n_tokens if layer == self._order[0] else 0
+            missing = self._missing(layer, sorted(chosen))
+            self._cache.use(layer, chosen, n_tokens)
         self._request(layer, missing)
         with self._lock:
             self._cache.admit(layer, missing)
-            gone = self._cache.overflow(len(chosen))
+            gone = self._cache.overflow({(layer, index) for index in chosen})
         if gone:
             self._jobs.put(lambda: self._give_back(gone))
         if self._passing:
@@ -222,11 +224,12 @@ class Residency(NodeReader):
             n_bytes=one.n_bytes + len(missing) * self._bytes[layer],
         )
 
-    def _scan(self, layer: int, chosen: Counter[int]) -> None:
+    def _scan(self, layer: int, chosen: Counter[int], n_tokens: int) -> None:
         """A prompt's batch has come to this layer."""
         at = self._order.index(layer)
         if at == 0:
             left_over = list(self._passing)  # of a prompt that was stopped
+            self._cache.now += n_tokens
             self._read_ahead.clear()
             self._jobs.put(lambda: self._begin_scan(left_over))
         if layer not in self._read_ahead:
@@ -237,7 +240,7 @@ class Residency(NodeReader):
             after = []  # the last layer computes the last token only, and asks for its experts itself
 
         def next_one() -> None:
-            self._keep(layer, chosen)
+            self._keep(layer, chosen, n_tokens)
             for done in before:
                 self._let_pass(done)
             for coming in after:
@@ -285,11 +288,12 @@ class Residency(NodeReader):
             self._passing[layer] = missing
         self._request(layer, missing)
 
-    def _keep(self, layer: int, chosen: Counter[int]) -> None:
+    def _keep(self, layer: int, chosen: Counter[int], n_tokens: int) -> None:
         """Lets experts that were read for this batch stay as far as there is room, the most chosen first; what is left
         of the room is shared with the layers to come."""
         with self._lock:
             to_come = self._order[self._order.index(layer) :]
+            self._cache.use(layer, chosen, n_tokens)
             total = sum(self._bytes[one] * len(self._ranges[one]) for one in to_come)
             n = int(self._cache.free_bytes * len(self._ranges[layer]) / total) if self._cache.free_bytes > 0 else 0
             blind = [index for index in self._blind.pop(layer, ()) if (layer, index) in self._cache]

@@ -1,42 +1,73 @@
-"""The books of the experts in RAM against a list that is searched from end to end."""
+"""The books of the experts in RAM against all uses added up."""
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelocal.engine.expert_cache import Expert, ExpertCache, replaced
+from moelocal.engine.expert_cache import HORIZON, Expert, ExpertCache, replaced
 
 BYTES = {0: 3, 1: 5}
-STEPS = st.lists(st.tuples(st.sampled_from(sorted(BYTES)), st.sets(st.integers(0, 6), min_size=1)), max_size=40)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(sorted(BYTES)), st.dictionaries(st.integers(0, 6), st.integers(1, 3), min_size=1)),
+    max_size=40,
+)
 
 
-@given(STEPS, st.integers(0, 60))
-def test_the_least_recently_used_go_first_and_the_rest_fits(steps: list[tuple[int, set[int]]], room_bytes: int) -> None:
-    cache, expected = ExpertCache(BYTES, room_bytes), list[Expert]()
+@given(STEPS, st.integers(0, 60), st.integers(1, 200))
+def test_the_least_wanted_go_first_and_the_rest_fits(
+    steps: list[tuple[int, dict[int, int]]], room_bytes: int, tokens_between: int
+) -> None:
+    cache, uses = ExpertCache(BYTES, room_bytes), list[tuple[int, Expert, int]]()
     for layer, chosen in steps:
-        indices = sorted(chosen)
-        held = [(layer, index) for index in indices if (layer, index) in expected]
-        missing = [index for index in indices if (layer, index) not in expected]
-        assert missing == [index for index in indices if (layer, index) not in cache]
-        cache.use(layer, indices)
-        cache.admit(layer, missing)
-        expected = [one for one in expected if one not in held] + held + [(layer, index) for index in missing]
-        gone = cache.overflow(n_kept=2)
-        while len(expected) > 2 and sum(BYTES[one[0]] for one in expected) > room_bytes:
-            assert gone.pop(0) == expected.pop(0)
-        assert not gone
-        assert cache.held_bytes == sum(BYTES[one[0]] for one in expected) and len(cache) == len(expected)
-        assert cache.free_bytes == room_bytes - cache.held_bytes
+        cache.now += tokens_between
+        before = {(one, index) for one in BYTES for index in range(7) if (one, index) in cache}
+        cache.use(layer, chosen)
+        cache.admit(layer, sorted(chosen))
+        uses += [(cache.now, (layer, index), n) for index, n in chosen.items()]
+        kept = {(layer, index) for index in chosen}
+        gone = cache.overflow(kept)
+        held = before | kept
+        assert set(gone) <= held - kept and len(set(gone)) == len(gone)
+
+        wanted: defaultdict[Expert, float] = defaultdict(float)
+        for time, expert, n in uses:
+            wanted[expert] += n * 2.0 ** ((time - cache.now) / HORIZON)
+        stay = held - kept - set(gone)
+        assert all(wanted[one] <= wanted[other] * (1 + 1e-9) for one in gone for other in stay)
+        held -= set(gone)
+        assert len(cache) == len(held) and all(expert in cache for expert in held)
+        assert cache.held_bytes == sum(BYTES[layer] for layer, _ in held)
+        assert cache.held_bytes <= room_bytes or held == kept
+        if gone:  # no more than had to
+            assert cache.held_bytes + BYTES[gone[-1][0]] > room_bytes
 
 
-def test_what_the_system_took_is_held_no_more() -> None:
+def test_what_nobody_used_leaves_first_and_the_last_that_came_before_the_others() -> None:
     cache = ExpertCache(BYTES, 100)
-    cache.admit(1, [2, 3])
-    cache.forget(1, 2)
-    cache.forget(1, 2)
-    assert (1, 2) not in cache and (1, 3) in cache and cache.held_bytes == 5
+    cache.admit(0, (4, 2, 6))
+    cache.use(0, {1: 1, 2: 1}, 512)
+    cache.admit(0, (1,))
+    cache.room_bytes = 0
+    assert cache.overflow() == [(0, 6), (0, 4), (0, 1), (0, 2)]
+    assert cache.held_bytes == 0 == len(cache)
+
+
+def test_what_the_system_took_is_not_held_and_may_come_again() -> None:
+    cache = ExpertCache(BYTES, 12)
+    cache.use(0, {1: 1, 2: 1, 3: 1})
+    cache.admit(0, (1, 2, 3))
+    cache.forget(0, 2)
+    cache.forget(0, 2)
+    assert (0, 2) not in cache and cache.free_bytes == 6
+    cache.admit(0, (2,))
+    cache.room_bytes = 3
+    cache.now += 1000
+    cache.use(0, {2: 1})
+    assert len(cache.overflow()) == 2 and (0, 2) in cache and cache.held_bytes == 3
 
 
 @pytest.mark.parametrize(
