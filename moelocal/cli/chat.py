@@ -30,7 +30,7 @@ ChatModel = Annotated[
 
 def chat(
     generation: opt.Generation,
-    placement: opt.Placement,
+    placement: opt.Running,
     model: ChatModel = None,
     hide_reasoning: opt.HideReasoning = False,
     verbose: opt.Verbose = False,

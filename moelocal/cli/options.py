@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -113,16 +113,6 @@ class Placement:
         list[str] | None,
         option("--rpc", "Use another machine too, where moelocal worker runs; may be repeated.", "HOST:PORT"),
     ] = None
-    lossy_misses: Annotated[
-        int,
-        option(
-            "--lossy-misses",
-            "LOSSY, for models larger than RAM: of the experts chosen for a token in a layer, let up to N that are not "
-            "in RAM be replaced by the next best that are. Fewer reads, other answers. [0]",
-            "N",
-            min=0,
-        ),
-    ] = 0
 
     def __post_init__(self) -> None:
         if self.cpu_only and self.rpc:
@@ -149,8 +139,27 @@ class Placement:
             experts_on_cpu=self.experts_on_cpu,
             objective=self.objective,
             one_shot=one_shot,
-            lossy_misses=self.lossy_misses,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Running(Placement):
+    """The same for answers."""
+
+    lossy_misses: Annotated[
+        int,
+        option(
+            "--lossy-misses",
+            "LOSSY, for models larger than RAM: of the experts chosen for a token in a layer, let up to N that are not "
+            "in RAM be replaced by the next best that are. Fewer reads, other answers. [0]",
+            "N",
+            min=0,
+        ),
+    ] = 0
+
+    def request(self, one_shot: bool = False) -> PlanRequest:
+        """See `Placement`."""
+        return replace(Placement.request(self, one_shot), lossy_misses=self.lossy_misses)
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

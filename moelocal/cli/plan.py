@@ -24,7 +24,7 @@ _ANSWER_S = 2.5
 
 def plan(
     model: opt.Model,
-    placement: opt.Placement,
+    placement: opt.Running,
     machine: opt.Described = None,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,

@@ -33,7 +33,7 @@ Prompt = Annotated[
 def run(
     model: opt.Model,
     generation: opt.Generation,
-    placement: opt.Placement,
+    placement: opt.Running,
     prompt: Prompt = None,
     hide_reasoning: opt.HideReasoning = False,
     as_json: opt.Json = False,

@@ -36,6 +36,15 @@ def test_stats_tells_what_came_from_the_disk() -> None:
     assert "were in RAM when chosen" in chat.stdout + chat.stderr
 
 
+@pytest.mark.skipif(not ReadAhead.is_possible(), reason="this system cannot be asked to read ahead")
+def test_replacing_misses_is_named_lossy_and_told_when_it_does_nothing() -> None:
+    chat = moelocal("chat", "demo", *CALM, "--ram", "270MiB", "--lossy-misses", "1", stdin="Hello\n/stats\n")
+    assert chat.returncode == 0 and "choices were replaced (lossy)" in chat.stdout + chat.stderr
+    for ram, told in (("270MiB", "LOSSY, as asked: up to 1 of a token's"), ("8GiB", "--lossy-misses changes nothing")):
+        plan = moelocal("plan", "demo", "--json", "--ram", ram, "--lossy-misses", "1")
+        assert any(reason.startswith(told) for reason in json.loads(plan.stdout)["reasons"]), plan.stdout
+
+
 def test_too_little_for_what_every_token_uses() -> None:
     run = moelocal("run", "demo", "Hello", "--ram", "260MiB", "--ctx", "256")
     assert run.returncode == 1 and run.stdout == ""
