@@ -115,10 +115,15 @@ def ranked(
                 missed += key not in held
                 held.add(key)
                 heapq.heappush(heap, (ranks[key], key))
-            while len(held) > n_slots:
+            aside = []
+            while len(held) > max(n_slots, len(keys)):
                 value, key = heapq.heappop(heap)
-                if key in held and ranks[key] == value:
+                if key in keys:  # being computed
+                    aside.append((value, key))
+                elif key in held and ranks[key] == value:
                     held.remove(key)
+            for one in aside:
+                heapq.heappush(heap, one)
     return missed
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 Expert = tuple[int, int]  # layer, index
-HORIZON = 64  # tokens: from 16 to 256 the fewest misses, taken together
+HORIZON = 64  # tokens: from 16 to 256 the fewest misses, taken together (docs/residency.md)
 _NEVER = -1e6  # ranks of experts that nobody used yet lie below
 
 
