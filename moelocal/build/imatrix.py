@@ -13,6 +13,7 @@ Source: llama.cpp 0c1e57098, tools/imatrix/imatrix.cpp `compute_imatrix`.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moelocal.engine.session import Session
+    from moelocal.model.header import GGUFHeader
 
 _SAVE_S = 20.0  # an interrupted run loses no more, nor a twentieth of its time
 _SAVE_SHARE = 0.05
+_ENTRY_BYTES = 512  # of two rows in the file's table, with the padding of their data
 _STALE_S = 14 * 24 * 3600
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:down|up|gate_up)_exps\.weight")
 
@@ -120,6 +123,12 @@ def matrix(activations: Activations, layout: Layout, n_done: int, dataset: str) 
         name: Importance(inputs.sums, inputs.counts.astype(np.float32)) for name, inputs in activations.tensors.items()
     }
     return Imatrix(entries, (dataset,), n_done, layout.n_ctx)
+
+
+def most_bytes(header: GGUFHeader) -> int:
+    """What the matrix of a model takes at most, as a file: a number for each input, and the count, of each matrix."""
+    matrices = [tensor for tensor in header.tensors if len(tensor.shape) > 1 and "weight" in tensor.name]
+    return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + _ENTRY_BYTES for tensor in matrices)
 
 
 def seen_share(tensors: Mapping[str, Inputs]) -> float:

@@ -9,6 +9,7 @@ tools/quantize/quantize.cpp `load_imatrix`.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Mapping
@@ -178,5 +179,9 @@ def write(path: Path, imatrix: Imatrix) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is None:  # numpy does not say why less was written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     finally:
         writer.close()

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from moelocal.build.types import STARVING
@@ -84,15 +87,30 @@ def measure(
 
     llama.api()  # once, before the threads ask for it
     entries = {} if imatrix is None else imatrix.entries
+    todo, done = deque(tensors), Queue[tuple[str, Errors | BaseException]]()
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                tensor = todo.popleft()
+                try:
+                    done.put((tensor.name, _errors(header, tensor, entries.get(tensor.name))))
+                except BaseException as error:
+                    done.put((tensor.name, error))
+
+    # No pool: Python waits for its threads at exit, and for IQ types ggml computes tables for seconds in one call.
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
     found: dict[str, Errors] = {}
-    pool = ThreadPoolExecutor(threads)
     try:
-        jobs = {pool.submit(_errors, header, tensor, entries.get(tensor.name)): tensor for tensor in tensors}
-        for job in as_completed(jobs):
-            found[jobs[job].name] = job.result()
+        while len(found) < len(tensors):
+            name, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            found[name] = result
             on_progress(len(found), len(tensors))
     finally:
-        pool.shutdown(cancel_futures=True)
+        todo.clear()
     return found
 
 

@@ -29,7 +29,8 @@ from moelocal.model.roles import tensor_role
 from moelocal.plan.memory import CPU
 from moelocal.plan.outcome import outcome_of
 from moelocal.plan.planner import Plan, make_plan
-from moelocal.plan.request import PlanRequest, bounded
+from moelocal.plan.refusals import memory_of
+from moelocal.plan.request import PlanRequest
 from moelocal.units import format_bytes
 
 _REHEARSED = "Q4_0"  # takes any rows of a multiple of 32, wants no importances: shows which tensors may be quantized
@@ -197,10 +198,9 @@ def fitting(survey: Survey, machine: Machine, request: PlanRequest) -> tuple[int
     cap = int(_MOST_BITS * survey.n_values / 8) if has_gpu else survey.most_bytes
     size = _largest(survey, machine, request, None, min(survey.most_bytes, max(cap, survey.least_bytes)))
     if not size:
-        left = f"{format_bytes(bounded(machine, request).ram_free_bytes)} of RAM{' and the GPU' if has_gpu else ''}"
         raise OutOfMemory(
             f"The smallest file of this model takes {format_bytes(survey.least_bytes)}, and with {n_ctx} and what "
-            f"computing takes {left} cannot hold that.",
+            f"computing takes {memory_of(machine, request)} cannot hold that.",
             "Free memory, give a smaller --ctx, or drop experts first: moelocal prune MODEL --keep 75%",
         )
     if has_gpu:

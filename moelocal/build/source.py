@@ -56,24 +56,24 @@ def fetch(version: str, folder: Path, watch: Callable[[int, int], None]) -> tupl
     if importlib.util.find_spec("pip") is None:
         raise _without(version, "pip is not installed here", f"{sys.executable} -m ensurepip")
     log = folder / "pip.log"
-    output = _download(version, folder, log, watch)
+    is_done, output = _download(version, folder, log, watch)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
-    if not found:
+    if not (is_done and found):  # on a full disk pip leaves a part of it
         if (cached := _in_pip_cache(version)) is not None:
             return cached, False, "pip's cache"
         raise _refusal(version, output, text)
     return found[0], *_provenance(found[0], text)
 
 
-def _download(version: str, folder: Path, log: Path, watch: Callable[[int, int], None]) -> str:
-    """Runs `pip download`; gives what it printed."""
+def _download(version: str, folder: Path, log: Path, watch: Callable[[int, int], None]) -> tuple[bool, str]:
+    """Runs `pip download`; gives whether it succeeded, and what it printed."""
     backend = folder / "backend" / "scikit_build_core"
     backend.mkdir(parents=True)
     (backend / "__init__.py").touch()
     (backend / "build.py").write_text(_BACKEND.format(version=version), encoding="utf-8")
     paths = [str(backend.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    output = ""
+    status, output = 1, ""
     for how, more_env in ((["--no-build-isolation"], {"PYTHONPATH": os.pathsep.join(paths)}), ([], {})):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", *how]
         command += ["--dest", str(folder), "--log", str(log), "--progress-bar", _bar(), "--no-input"]
@@ -89,7 +89,7 @@ def _download(version: str, folder: Path, log: Path, watch: Callable[[int, int],
             status = process.wait()
         if status == 0 or not _NO_BACKEND.search(output):
             break  # a later version may have another build system: then pip does what it always does
-    return output
+    return status == 0, output
 
 
 def _bar() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moelocal.cli.screen import is_dumb
-from moelocal.errors import BadRequest
+from moelocal.errors import BadRequest, MoelocalError
 from moelocal.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -160,10 +161,16 @@ def _repo(source: str) -> str:
         BadRequest: none.
     """
     from moelocal.model.reference import parse_reference, shortened
+    from moelocal.model.store import resolve
 
     shown = shortened(source)
     asked = None if os.path.isabs(source) or source.startswith((".", "~")) else parse_reference(source)
     if asked is None or not asked.repo:
+        here = None
+        with contextlib.suppress(MoelocalError):
+            here = resolve(source)
+        if here is not None:
+            raise _a_file(here)
         raise BadRequest(
             f"There is no folder {shown}, and it is no owner/repo.",
             "Name a checkpoint's folder, or owner/repo on the hub.",

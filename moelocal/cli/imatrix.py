@@ -61,10 +61,11 @@ def imatrix(
     An interrupted run goes on when it is started again. The matrix of the F16 or Q8_0 file serves all quantizations of
     a model.
     """
-    from moelocal.build.imatrix import default_output, matrix
-    from moelocal.build.output import check_free
+    from moelocal.build.imatrix import default_output, matrix, most_bytes
+    from moelocal.build.output import check_free, check_room
     from moelocal.cli.guard import guard
     from moelocal.cli.texts import passages
+    from moelocal.model.header import read_header
     from moelocal.model.store import resolve
     from moelocal.paths import user_path
 
@@ -73,6 +74,7 @@ def imatrix(
     path = resolve(model)
     output = user_path(calibration.output) if calibration.output else default_output(path)
     check_free(output, calibration.force)
+    check_room(output, most_bytes(read_header(path)))
     guard()
     start = time.monotonic()
     n_ctx = placement.ctx or _N_CTX
@@ -199,7 +201,7 @@ def _write(output: Path, made: Imatrix, unfinished: Unfinished, force: bool) -> 
     except MoelocalError as error:
         with suppress(MoelocalError):
             unfinished.save(made)
-            error.hint += " What was collected is kept: the same command then only writes it."
+            error.hint = f"What was collected is kept: the same command then only writes it. {error.hint}"
         raise
     unfinished.remove()
 

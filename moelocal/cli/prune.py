@@ -84,17 +84,18 @@ def prune(
     """
     begin = time.perf_counter()
     from moelocal.cli.guard import guard
-    from moelocal.cli.pruning import Task, decide, find, keep_count
+    from moelocal.cli.making import destination
+    from moelocal.cli.pruning import Task, decide, file_bytes, find, keep_count
 
     text = None if pruning.eval is None else _eval_text(pruning.eval)
     placement.request()  # bad values are told now, not after the run
     source = find(model)
-    output = _destination(out, source, pruning)
     guard()
     n_keep = keep_count(source, pruning, placement)
     task = Task(source, pruning, placement, n_keep, verbose)
-    output = output or _named(source, n_keep)
-    _check_output(output, source, pruning)
+    output = destination(out, f"{source.base}-e{n_keep}{source.quant_suffix}")
+    if not pruning.dry_run:
+        _check_output(output, source, pruning.force, file_bytes(source, n_keep))
     decision = decide(task)
     cut = decision.cut
     if not as_json:
@@ -111,37 +112,19 @@ def prune(
         _tell(cut, output, result, seconds, pruning.dry_run)
 
 
-def _destination(out: str | None, source: Source, pruning: Pruning) -> Path | None:
-    """The file to make; None: its name says how many experts stay, which is not known yet."""
-    from moelocal.cli.making import destination
-
-    if out is None:
-        return None
-    output = destination(out, f"{source.base}-pruned")
-    _check_output(output, source, pruning)
-    return output
-
-
-def _named(source: Source, n_keep: int) -> Path:
-    from moelocal.build.output import made_here
-
-    quant = "" if source.facts.quant in ("", "unknown") else f"-{source.facts.quant}"
-    return made_here(f"{source.base}-e{n_keep}{quant}")
-
-
-def _check_output(output: Path, source: Source, pruning: Pruning) -> None:
+def _check_output(output: Path, source: Source, force: bool, need_bytes: int) -> None:
     """Before the run what would be refused after it.
 
     Raises:
         BadRequest: the output is there already, or is the model.
+        MoelocalError: nothing can be written there, or there is no room.
     """
-    from moelocal.build.output import check_free
+    from moelocal.build.output import check_free, check_room
 
-    if pruning.dry_run:
-        return
     if output.exists() and any(output.samefile(path) for path in source.paths):
         raise BadRequest(f"{output} is the model itself.", "Name another file.")
-    check_free(output, pruning.force)
+    check_free(output, force)
+    check_room(output, need_bytes)
 
 
 def _eval_text(name: str) -> str:

@@ -41,6 +41,11 @@ class Source:
         """Its files."""
         return [Path(shard) for shard in self.header.shards]
 
+    @property
+    def quant_suffix(self) -> str:
+        """Its quantization, as the end of a file's name."""
+        return "" if self.facts.quant in ("", "unknown") else f"-{self.facts.quant}"
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -106,7 +111,7 @@ def keep_count(source: Source, pruning: Pruning, placement: Placement) -> int:
         if pruning.keep is not None:
             raise BadRequest(
                 f"To keep {pruning.keep} would drop nothing: the model has {experts.n_experts} experts.",
-                f"Keep {_range(experts)}.",
+                f"Keep {_range(experts)}",
             )
         raise MoelocalError(
             f"The whole model fits ({format_bytes(source.header.file_bytes)}), so no expert has to go.",
@@ -150,22 +155,26 @@ def _typed_count(text: str, experts: Experts) -> int:
     return n_keep
 
 
+def file_bytes(source: Source, n_keep: int) -> int:
+    """What a file with so many experts in each layer takes at most."""
+    from moelocal.build.prune import Cut, Record
+
+    if n_keep == source.experts.n_experts:
+        return source.header.file_bytes
+    kept = {layer: range(n_keep) for layer in source.experts.layers}
+    record = Record("frequency", source.paths[0].name, "0" * 64, 0)  # as long as the longest
+    return Cut(source.header, source.experts, kept, record).file_bytes
+
+
 def _by_size(source: Source, limit_bytes: int) -> int:
-    from moelocal.build.prune import Cut, Record, largest
+    from moelocal.build.prune import largest
 
-    def bytes_with(n: int) -> int:
-        if n == source.experts.n_experts:
-            return source.header.file_bytes
-        kept = {layer: range(n) for layer in source.experts.layers}
-        record = Record("frequency", source.paths[0].name, "0" * 64, 0)  # as long as the longest
-        return Cut(source.header, source.experts, kept, record).file_bytes
-
-    n_keep = largest(lambda n: bytes_with(n) <= limit_bytes, source.experts)
+    n_keep = largest(lambda n: file_bytes(source, n) <= limit_bytes, source.experts)
     if n_keep is None:
         least = source.experts.least
         raise BadRequest(
-            f"Even with {least} experts in each layer the file has {format_bytes(bytes_with(least))}, more than "
-            f"{format_bytes(limit_bytes)}; fewer cannot be, as it uses {source.experts.n_used} per token.",
+            f"Even with {least} experts in each layer the file has {format_bytes(file_bytes(source, least))}, more "
+            f"than {format_bytes(limit_bytes)}; fewer cannot be, as it uses {source.experts.n_used} per token.",
             "Quantize it first (moelocal quantize), or allow more.",
         )
     return n_keep
@@ -178,6 +187,7 @@ def _by_memory(source: Source, placement: Placement) -> int:
     from moelocal.errors import OutOfMemory
     from moelocal.model.facts import read_facts
     from moelocal.plan.planner import make_plan
+    from moelocal.plan.refusals import memory_of
 
     machine, request, n_all = find_machine(placement.rpc or ()), placement.request(), source.experts.n_experts
 
@@ -190,9 +200,11 @@ def _by_memory(source: Source, placement: Placement) -> int:
 
     n_keep = largest(fits, source.experts)
     if n_keep is None:
-        raise MoelocalError(
-            f"Even with {source.experts.least} experts in each layer the model does not fit this machine's memory.",
-            "Quantize it first (moelocal quantize), or give it a shorter context: --ctx",
+        least = source.experts.least
+        raise OutOfMemory(
+            f"Even with {least} experts in each layer the file has {format_bytes(file_bytes(source, least))}, and with "
+            f"its context and what computing takes {memory_of(machine, request)} cannot hold that.",
+            "Free memory, quantize it first (moelocal quantize), or give it a shorter context: --ctx",
         )
     return n_keep
 

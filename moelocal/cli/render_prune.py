@@ -17,10 +17,9 @@ def show(out: TextIO, decision: Decision) -> None:
     width = max(_NARROW, shutil.get_terminal_size().columns - 1) if out.isatty() else None
     cut = decision.cut
     n_all, n_gone = cut.experts.n_experts, cut.experts.n_experts - cut.n_keep
-    title = (
-        f"{cut.n_keep} of {n_all} experts stay in each layer, {cut.experts.n_used} per token; by {cut.record.criterion}"
-    )
-    for line in (title, f"of {decision.text}", "", _HEAD, *(_line(row) for row in decision.rows)):
+    title = f"{cut.n_keep} of {n_all} experts stay in each layer, {cut.experts.n_used} per token."
+    why = f"Chosen by {cut.record.criterion} on {decision.text}."
+    for line in (title, why, "", _HEAD, *(_line(row) for row in decision.rows)):
         print(_clipped(line, width), file=out)
     seen = [row for row in decision.rows if row.choices is not None and row.mass is not None]
     choices = sum(row.choices or 0.0 for row in seen) / len(seen)

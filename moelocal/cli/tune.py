@@ -6,8 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from moelocal.cli import options as opt
 from moelocal.cli.screen import is_dumb
@@ -23,9 +26,16 @@ Minutes = Annotated[float, opt.option("--minutes", "Stop after so long, with the
 Forget = Annotated[bool, opt.option("--forget", "Remove what was kept for this model.")]
 
 
+@dataclass(frozen=True, slots=True)
+class Alone(opt.Placement):
+    """The settings that are not tuned. `--rpc` is refused, and so not shown."""
+
+    rpc: Annotated[list[str] | None, typer.Option("--rpc", hidden=True)] = None
+
+
 def tune(
     model: opt.Model,
-    placement: opt.Placement,
+    placement: Alone,
     minutes: Minutes = 5.0,
     forget: Forget = False,
     as_json: opt.Json = False,

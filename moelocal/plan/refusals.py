@@ -7,8 +7,14 @@ from moelocal.machine.hardware import Machine
 from moelocal.model.facts import ModelFacts
 from moelocal.plan.cost import Placement
 from moelocal.plan.memory import CPU, PROGRAM_BYTES, Sizes
-from moelocal.plan.request import N_UBATCH, PlanRequest
+from moelocal.plan.request import N_UBATCH, PlanRequest, bounded
 from moelocal.units import format_bytes
+
+
+def memory_of(here: Machine, request: PlanRequest) -> str:
+    """The memory that a model may take, in words: `12.0 GiB of RAM and the GPU`."""
+    left = bounded(here, request)
+    return f"{format_bytes(left.ram_free_bytes)} of RAM{' and the GPU' if left.gpus else ''}"
 
 
 def check_gpu_budgets(facts: ModelFacts, here: Machine, request: PlanRequest, n_ctx: int) -> None:

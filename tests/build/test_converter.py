@@ -155,6 +155,19 @@ def test_no_network_then_what_pip_has_kept(
     assert found.origin == "pip's cache" and not found.is_checked
 
 
+def test_a_full_disk_is_no_damaged_source(index: Index, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """pip leaves what it could write of the file."""
+
+    def download(_version: str, folder: Path, *_: object) -> tuple[bool, str]:
+        (folder / NAME).write_bytes(index.data[:100])
+        return False, "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+
+    monkeypatch.setattr("moelocal.build.source._download", download)
+    with pytest.raises(MoelocalError, match="The disk is full"):
+        find_converter()
+    assert kept(home) == []
+
+
 def test_an_index_without_this_version(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "answer", lambda path: ("text/html", b"<html>"))
     with pytest.raises(MoelocalError, match="pip finds no source distribution of it"):

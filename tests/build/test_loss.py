@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +59,25 @@ def test_more_bits_lose_less_and_importances_count(tmp_path: Path) -> None:
     blind = loss.measure(header, header.tensors, None, 1)["t.weight"]
     assert IDS["IQ2_XXS"] not in blind
     assert found[IDS["Q2_K"]] < blind[IDS["Q2_K"]]  # precision goes where it matters
+
+
+def test_ctrl_c_does_not_wait_for_what_ggml_computes(tmp_path: Path) -> None:
+    """ggml fills tables of IQ types in one call that takes seconds: here it sleeps for a minute."""
+    _model(tmp_path / "m.gguf", GGMLQuantizationType.F16, t=np.ones((8, 256), np.float32))
+    program = (
+        "import sys, time; from pathlib import Path; from moelocal.build import loss\n"
+        "from moelocal.model.header import read_header\n"
+        "loss._errors = lambda *_: (print('begun', flush=True), time.sleep(60))\n"
+        "header = read_header(Path(sys.argv[1]))\n"
+        "loss.measure(header, header.tensors, None, 1)\n"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "m.gguf")]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "begun\n"
+    start = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=70)
+    assert time.monotonic() - start < 20 and "KeyboardInterrupt" in err
 
 
 def test_experts_are_drawn_by_use() -> None:

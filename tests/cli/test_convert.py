@@ -160,6 +160,7 @@ def test_other_repositories(run: Run, tools: list[str], hub: HubServer, tmp_path
         (["nowhere"], "no folder nowhere"),
         (["./owner/repo"], "no folder ./owner/repo"),
         ([str(DEMO)], "is a GGUF file"),
+        (["demo"], "is a GGUF file"),
         (["owner/repo:Q4_K_M"], "names a part of a repository"),
         (["qwen3-30b-a3b"], "is a model of the catalog"),
         (["owner/repo", "--quantize", "Q4"], "There is no quantization 'Q4'"),

@@ -22,7 +22,7 @@ def test_the_result_is_usable_by_its_name(tmp_path: Path, home: Path) -> None:
     done = run("prune", "demo", "--keep", "75%", "--text", text_file(tmp_path), "--eval", text_file(tmp_path), *QUICK)
     made = Path(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0 and made.parent == home / "models"
-    for told in ("12 of 16 experts", "by impact", "KL"):
+    for told in ("12 of 16 experts", "Chosen by impact on", "KL"):
         assert told in done.stdout + done.stderr
     assert read_header(made).metadata["llama.expert_count"] == 12
     assert run("run", made.name.removesuffix(".gguf"), "Hello", "--max-tokens", "3", *QUICK).returncode == 0
@@ -36,6 +36,37 @@ def test_json_and_dry_run(tmp_path: Path, home: Path) -> None:
     document = json.loads(done.stdout)
     assert document["bytes_out"] <= 10 << 20 < document["bytes_in"]
     assert not (home / "models").exists()
+
+
+def test_fit_keeps_as_many_as_the_memory_holds(tmp_path: Path, home: Path) -> None:
+    small, text = ("--ctx", "256", "--ram", "270MiB"), ("--text", text_file(tmp_path))
+    made = json.loads(run("prune", "demo", "--fit", *small, *text, "--json", *QUICK).stdout)
+    assert 2 < made["n_kept"] < 15
+    more = run("prune", "demo", str(tmp_path / "more.gguf"), "--keep", str(made["n_kept"] + 1), *text, *QUICK)
+    assert more.returncode == 0
+    for model, fits in ((made["output"], True), (str(tmp_path / "more.gguf"), False), ("demo", False)):
+        assert (json.loads(run("plan", model, *small, "--json").stdout)["disk_bytes"] == 0) == fits
+    refused(
+        run("prune", "demo", "--fit", *text, "--ctx", "256", "--ram", "261MiB", *QUICK),
+        1,
+        "Even with 2 experts in each layer the file has 3.0 MiB",
+        "261 MiB of RAM cannot hold that",
+        "quantize",
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place without room that is always there")
+def test_a_place_without_room_is_told_before_the_run(home: Path) -> None:
+    """Else a calibration of hours would be lost."""
+    done = run("prune", "demo", "/proc/small.gguf", "--keep", "75%", *QUICK)
+    refused(done, 1, "small.gguf")
+    assert "experts stay" not in done.stderr
+
+
+def test_in_a_folder_it_has_the_usual_name(tmp_path: Path) -> None:
+    dry = ("--text", text_file(tmp_path), "--dry-run", "--json")
+    done = run("prune", "demo", str(tmp_path), "--keep", "75%", *dry, *QUICK)
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "demo-e12-Q8_0.gguf")
 
 
 def test_too_little_text_is_told(tmp_path: Path, home: Path) -> None:

@@ -290,3 +290,7 @@ def test_the_command_measures_and_says_what_it_did(run: Run) -> None:
 def test_refusals(run: Run, args: tuple[str, ...], text: str) -> None:
     done = run("tune", *args)
     assert done.returncode in (1, 2) and text in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_it_refuses_is_not_offered(run: Run) -> None:
+    assert "--rpc" not in run("tune", "--help").stdout
