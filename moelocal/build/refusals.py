@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moelocal.build.types import BLIND, STARVING, quant_type, tensor_type
 from moelocal.errors import BadRequest, MoelocalError
 from moelocal.model.header import GGML_TYPES
+from moelocal.model.keys import read_keys
 
 if TYPE_CHECKING:
     from moelocal.build.imatrix_file import Imatrix
@@ -28,7 +29,9 @@ def check_job(job: QuantizeJob, header: GGUFHeader) -> None:
 
     Raises:
         BadRequest: it makes no sense.
+        BadGGUF: the source names no architecture.
     """
+    read_keys(header)
     for path in map(Path, header.shards):
         if job.output.exists() and job.output.samefile(path):
             raise BadRequest(f"{job.output} is the source itself.", "Name another file for the output.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moelocal.errors import BadGGUF
+from moelocal.errors import BadGGUF, BadRequest
 from moelocal.model.header import ArrayRef, GGUFHeader
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama.cpp 0c1e57098 src/llama-hparams.h
@@ -80,8 +80,13 @@ def read_keys(header: GGUFHeader) -> Keys:
     """The keys of the header's architecture.
 
     Raises:
+        BadRequest: it is no model's.
         BadGGUF: no `general.architecture`.
     """
+    if header.metadata.get("general.type") == "imatrix":
+        raise BadRequest(
+            "This file is an importance matrix, not a model.", "Name the model: moelocal quantize MODEL --imatrix FILE"
+        )
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str) or not arch:
         raise BadGGUF("The header does not name an architecture (general.architecture)", header.data_offset, _HINT)

@@ -37,6 +37,12 @@ def test_a_matrix_is_made_and_found_by_quantize(tmp_path: Path, home: Path) -> N
     assert "blk.0.ffn_down_exps.weight" in read(made).entries
     assert 0.5 < made.stat().st_size / most_bytes(read_header(DEMO)) <= 1
     refused(run("imatrix", "demo", "--text", text_file(tmp_path)), 2, "exists already", "--force")
+    for command in (
+        ("quantize", str(made), "Q2_K"),
+        ("prune", str(made), "--keep", "50%"),
+        ("run", str(made), "Hello"),
+    ):
+        refused(run(*command), 2, "an importance matrix, not a model", "--imatrix")
     small = run("quantize", "demo", "Q2_K", "--requantize")
     assert small.returncode == 0 and "demo.imatrix.gguf is used" in small.stderr
 
