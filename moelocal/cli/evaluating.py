@@ -243,6 +243,11 @@ def _identity(path: Path | None) -> list[object] | None:
     return None if path is None else file_identity(path)
 
 
+def text_tokens(session: Session, text: str) -> list[int]:
+    """As llama-perplexity: one line feed at the end does not count, control tokens are plain text."""
+    return session.tokenize(text.removesuffix("\n"), special=False, add_bos=True)
+
+
 def _text_of(task: Task, session: Session) -> Text:
     """The text as this model's tokens, and how it is cut.
 
@@ -258,8 +263,7 @@ def _text_of(task: Task, session: Session) -> Text:
         n_most = task.saved.n_whole
     else:
         assert task.text is not None
-        # as llama-perplexity: one line feed at the end does not count, control tokens are plain text
-        tokens = array("i", session.tokenize(task.text.removesuffix("\n"), special=False, add_bos=True))
+        tokens = array("i", text_tokens(session, task.text))
         n_most = len(tokens) // n_ctx
         if len(tokens) < 2 * n_ctx:
             shorter = 1 << max(4, (len(tokens) // 2).bit_length() - 1)

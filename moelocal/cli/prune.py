@@ -92,7 +92,7 @@ def prune(
     source = find(model)
     guard()
     n_keep = keep_count(source, pruning, placement)
-    task = Task(source, pruning, placement, n_keep, verbose)
+    task = Task(source, pruning, placement, n_keep, text, verbose)
     output = destination(out, f"{source.base}-e{n_keep}{source.quant_suffix}")
     if not pruning.dry_run:
         _check_output(output, source, pruning.force, file_bytes(source, n_keep))

@@ -49,12 +49,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do: `n_keep` experts of each layer shall stay."""
+    """What to do: `n_keep` experts of each layer shall stay; on `eval_text`, if given, the result is compared."""
 
     source: Source
     pruning: Pruning
     placement: Placement
     n_keep: int
+    eval_text: str | None
     verbose: bool
 
 
@@ -276,6 +277,7 @@ def _kept_profile(task: Task) -> tuple[dict[int, Saliency], str, str] | None:
 def _run(task: Task) -> tuple[dict[int, Saliency], str, str]:
     """The model run over the text, routers and experts' outputs watched; also names and hash of the text."""
     from moelocal.build.saliency import calibrate
+    from moelocal.cli.evaluating import text_tokens
     from moelocal.cli.opening import LoadingBar, open_model
     from moelocal.cli.screen import quiet_keys
     from moelocal.cli.texts import passages
@@ -290,6 +292,8 @@ def _run(task: Task) -> tuple[dict[int, Saliency], str, str]:
         task.source.reference, replace(task.placement, ctx=n_ctx), task.verbose, raw=True, one_shot=True, watch=watch
     )
     with opened.session as session, quiet_keys(), LoadingBar("Running the text", silent=task.verbose) as bar:
+        if task.eval_text is not None:
+            _check_eval_text(len(text_tokens(session, task.eval_text)), _chunk_tokens(task.placement))
         tokens = [session.tokenize(one.text, special=task.pruning.parse_special) for one in texts]
         seen = calibrate(session, watch, tokens, n_experts, bar.update)
     _tell_doubts(texts, seen, task.source.experts)
@@ -319,14 +323,34 @@ def _tell_doubts(texts: Sequence[Passage], seen: Mapping[int, Saliency], experts
         )
 
 
+def _chunk_tokens(placement: Placement) -> int:
+    """Of the comparison; `--ctx` is for the text that decides."""
+    from moelocal.cli.evaluating import chunk_tokens
+
+    return chunk_tokens(replace(placement, ctx=None), None)
+
+
+def _check_eval_text(n_tokens: int, n_ctx: int) -> None:
+    """Before the run what the comparison would refuse after it.
+
+    Raises:
+        BadRequest: the text is too short.
+    """
+    if n_tokens < 2 * n_ctx:
+        raise BadRequest(
+            f"The text of --eval has {n_tokens:,} tokens, and {2 * n_ctx:,} are the least.",
+            "Give a longer one, of some hundred words at least.",
+        )
+
+
 def compare(task: Task, output: Path, text: str) -> Result:
     """The pruned model beside the one before, on a text."""
     from moelocal.cli.evaluating import Task as Evaluation
-    from moelocal.cli.evaluating import carry_out, chunk_tokens, find_side
+    from moelocal.cli.evaluating import carry_out, find_side
     from moelocal.cli.opening import find_machine
 
     placement = replace(task.placement, ctx=None)
-    n_ctx = chunk_tokens(placement, None)
+    n_ctx = _chunk_tokens(placement)
     ours, before = (find_side(str(path), placement, n_ctx) for path in (output, task.source.paths[0]))
     machine = find_machine(placement.rpc or ())
     return carry_out(Evaluation(ours, machine, text, None, before, verbose=task.verbose))

@@ -63,6 +63,13 @@ def test_a_place_without_room_is_told_before_the_run(home: Path) -> None:
     assert "experts stay" not in done.stderr
 
 
+def test_too_short_a_text_for_eval_is_told_before_the_run(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "short.txt").write_text(STORY)
+    done = run("prune", "demo", "--keep", "75%", "--eval", str(tmp_path / "short.txt"), *QUICK)
+    refused(done, 2, "The text of --eval has 3", "1,024 are the least")
+    assert not (home / "models").exists()
+
+
 def test_in_a_folder_it_has_the_usual_name(tmp_path: Path) -> None:
     dry = ("--text", text_file(tmp_path), "--dry-run", "--json")
     done = run("prune", "demo", str(tmp_path), "--keep", "75%", *dry, *QUICK)
