@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from moelocal.cli.convert import Conversion
     from moelocal.cli.render_convert import Bar
 
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP) if sys.platform != "win32" else (signal.SIGTERM,)
 _LINE_S = 15.0  # between lines where no bar can be shown
 _LEAST_SPLIT_BYTES = 1 << 20
 
@@ -64,11 +62,11 @@ def carry_out(source: str, out: str | None, conversion: Conversion, verbose: boo
     """
     from moelocal.build.checkpoint import check_architecture, open_checkpoint, remark_on
     from moelocal.build.convert import check_output, check_python
+    from moelocal.cli.making import end_tidily
     from moelocal.cli.messages import note
 
     split_bytes = _check(conversion)
-    for signum in _ENDINGS:  # a window that is closed: gigabytes must not be left behind
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    end_tidily()
     checkpoint, remote = _look(source, conversion)
     task = _Task(source, remote.repo if remote else "", out, conversion, split_bytes, _python(conversion.python))
     check_python(task.python)

@@ -136,8 +136,10 @@ def _eval_text(name: str) -> str:
 
 def _write(cut: Cut, output: Path, force: bool) -> None:
     from moelocal.build.prune import write
+    from moelocal.cli.making import end_tidily
     from moelocal.cli.opening import LoadingBar
 
+    end_tidily()
     with LoadingBar(f"Writing {output.name}") as bar:
         write(cut, output, bar.update, force)
 

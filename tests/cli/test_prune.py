@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moelocal.model.header import read_header
+from tests.cli.test_quantize import wait_for
 from tests.cli.test_run import QUICK, refused, run
 
 STORY = "Once upon a time there was a little wolf named Mia. The capital of France is Paris. The sum of 3 and 4 is 7.\n"
@@ -68,6 +74,29 @@ def test_too_short_a_text_for_eval_is_told_before_the_run(tmp_path: Path, home: 
     done = run("prune", "demo", "--keep", "75%", "--eval", str(tmp_path / "short.txt"), *QUICK)
     refused(done, 2, "The text of --eval has 3", "1,024 are the least")
     assert not (home / "models").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_end_while_it_writes_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+    """A pipe stands for the file half written: writing waits until somebody reads it."""
+    text, folder = text_file(tmp_path), tmp_path / "out"
+    folder.mkdir()
+    program = (
+        "import os; from moelocal.build import output\n"
+        "plain = output._beside\n"
+        "def beside(path, suffix): os.mkfifo(plain(path, suffix)); return plain(path, suffix)\n"
+        "output._beside = beside\n"
+        "from moelocal.cli.app import main; main()\n"
+    )
+    words = ["prune", "demo", str(folder / "p.gguf"), "--keep", "75%", "--text", text, *QUICK]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-c", program, *words], stdout=pipe, stderr=pipe, start_new_session=True)
+    wait_for(lambda: bool(list(folder.iterdir())))
+    time.sleep(0.3)  # until it waits
+    os.killpg(child.pid, signum)
+    child.communicate(timeout=20)
+    assert child.returncode == (130 if signum == signal.SIGINT else 128 + signum)
+    assert not list(folder.iterdir())
 
 
 def test_in_a_folder_it_has_the_usual_name(tmp_path: Path) -> None:
