@@ -75,7 +75,7 @@ def read(path: Path) -> Imatrix:
         with path.open("rb") as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
                 stream.seek(0)
-                return _read_older(path, stream)
+                return _finite(path, _read_older(path, stream))
     except OSError as error:
         raise MoelocalError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
     except (struct.error, ValueError, EOFError) as error:
@@ -86,7 +86,19 @@ def read(path: Path) -> Imatrix:
         raise MoelocalError(error.message, _ANEW) from error
     if header.metadata.get("general.type") != "imatrix":
         raise _no_imatrix(path)
-    return _read_gguf(path, header)
+    return _finite(path, _read_gguf(path, header))
+
+
+def _finite(path: Path, imatrix: Imatrix) -> Imatrix:
+    """An importance matrix with which llama.cpp's quantizer can compute.
+
+    Raises:
+        MoelocalError: it cannot.
+    """
+    for name, entry in imatrix.entries.items():
+        if not np.isfinite(entry.sums).all():
+            raise MoelocalError(f"{path.name} is damaged: for {name} it holds values that are no numbers.", _ANEW)
+    return imatrix
 
 
 def _read_gguf(path: Path, header: GGUFHeader) -> Imatrix:

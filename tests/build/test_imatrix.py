@@ -67,6 +67,15 @@ def test_what_is_no_matrix_is_refused(content: bytes, tmp_path: Path) -> None:
         read(tmp_path / "missing")
 
 
+def test_values_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    """llama.cpp's quantizer would end in the middle."""
+    bad = Importance(np.array([[1.0, np.nan]], np.float32), np.ones(1, np.float32))
+    write(tmp_path / "m.gguf", Imatrix({"blk.0.attn_q.weight": bad}, (), 1, 512))
+    with pytest.raises(MoelocalError, match="it holds values that are no numbers") as caught:
+        read(tmp_path / "m.gguf")
+    assert "moelocal imatrix MODEL" in caught.value.hint
+
+
 def test_one_that_was_cut_off_is_to_be_made_again(tmp_path: Path) -> None:
     path = tmp_path / "x.imatrix.gguf"
     write(path, Imatrix({"w": Importance(np.ones((1, 256), np.float32), np.ones(1, np.float32))}))
