@@ -100,7 +100,7 @@ def convert(folder: Path, out: Path, llama_cpp: Path) -> None:
         found.set_vocab = found._set_vocab_sentencepiece
         return found
 
-    conversion.get_model_class = with_tokenizer  # type: ignore[attr-defined]
+    vars(conversion)["get_model_class"] = with_tokenizer
     before = sys.argv
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f32", "--outfile", str(out)]
     try:

@@ -186,7 +186,7 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
         grouped = {name: kind(**{part: values.pop(part) for part in parts}) for name, (kind, parts) in groups.items()}
         command(**values, **grouped)
 
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del flat.__wrapped__
     return flat

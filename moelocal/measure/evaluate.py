@@ -132,17 +132,11 @@ def run(
                 nlls.append(nll)
                 if shifts is not None and state.distance is not None:
                     if not shifts.is_sound(session.n_vocab):
-                        raise MoelocalError(
-                            f"The reference is damaged: its probabilities in chunk {index + 1:,} do not add up to 1.",
-                            "Get its file again. Saved logits: moelocal eval MODEL --text FILE --save-logits FILE",
-                        )
+                        raise _damaged_reference(index)
                     state.distance.add(nll, shifts)
                     kls.append(shifts.kl)
             if not math.isfinite(state.tally.nll):
-                raise MoelocalError(
-                    f"The model gives no usable numbers in chunk {index + 1:,} (NaN or infinity).",
-                    "The file may be damaged: get it again. Or leave --kv-type and --experts-used out.",
-                )
+                raise _no_numbers(index)
             state.n_done = index + 1
             if writer is not None:
                 writer.flush()
@@ -154,6 +148,20 @@ def run(
         values = np.sort(checkpoint.tokens()[:, 1])
         quantiles = {name: quantile(values, fraction) for name, fraction in _QUANTILES.items()}
     return Result(layout, state.tally, state.distance, quantiles, time.perf_counter() - begin, work.seconds)
+
+
+def _damaged_reference(index: int) -> MoelocalError:
+    return MoelocalError(
+        f"The reference is damaged: its probabilities in chunk {index + 1:,} do not add up to 1.",
+        "Get its file again. Saved logits: moelocal eval MODEL --text FILE --save-logits FILE",
+    )
+
+
+def _no_numbers(index: int) -> MoelocalError:
+    return MoelocalError(
+        f"The model gives no usable numbers in chunk {index + 1:,} (NaN or infinity).",
+        "The file may be damaged: get it again. Or leave --kv-type and --experts-used out.",
+    )
 
 
 class _Work:

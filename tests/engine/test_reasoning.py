@@ -110,7 +110,7 @@ def test_formats(name: str, prompt: str, text: str, reasoning: str, answer: str)
 
 
 def test_every_format_has_a_case() -> None:
-    (mark,) = test_formats.pytestmark  # type: ignore[attr-defined]
+    (mark,) = vars(test_formats)["pytestmark"]
     assert {case[0] for case in mark.args[1]} == set(ROWS)
 
 

@@ -35,7 +35,7 @@ def logits(session: Session, prompt: list[int]) -> list[float]:
     """What the model thinks after the prompt. Compared instead of tokens where random weights make near ties."""
     answer(session, prompt, Sampling(temperature=0.0, max_tokens=1))
     low = session._low
-    return low.llama_get_logits_ith(session._context, -1)[: low.llama_vocab_n_tokens(session._vocab)]  # type: ignore[no-any-return]
+    return list(low.llama_get_logits_ith(session._context, -1)[: low.llama_vocab_n_tokens(session._vocab)])
 
 
 def close(a: list[float], b: list[float]) -> bool:
