@@ -271,7 +271,8 @@ def _text_of(task: Task, session: Session) -> Text:
             is_enough = 2 * shorter <= len(tokens)
             hint = f"Give a longer text, or shorter chunks: {command} --ctx {shorter}"
             raise BadRequest(
-                f"The text has {len(tokens):,} tokens, and {2 * n_ctx:,} are the least for chunks of {n_ctx:,}.",
+                f"The text is too short for chunks of {n_ctx:,} tokens: it has {len(tokens):,}, "
+                f"and {2 * n_ctx:,} are the least.",
                 hint if is_enough else f"Give a longer text, of some hundred words at least: {command}",
             )
         if task.saved is not None:
