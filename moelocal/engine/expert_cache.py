@@ -53,6 +53,11 @@ def replaced(order: Sequence[int], n_used: int, missing: Collection[int], n_most
     return chosen
 
 
+def added(rank: float, use: float) -> float:
+    """A rank after one more use: log2(2 ** rank + 2 ** use)."""
+    return max(rank, use) + math.log2(1 + 2.0 ** -min(64.0, abs(rank - use)))
+
+
 class ExpertCache:
     """Experts by rank: log2 of the sum of 2 ** (time / HORIZON) over their uses; waiting does not change its order.
     `expert_bytes`: of one expert, by layer; `now`: the time in tokens."""
@@ -80,8 +85,7 @@ class ExpertCache:
         share = min(1.0, HORIZON / math.log(2) / n_tokens)  # of them counts, if they came evenly
         for index, n in uses.items():
             new = self.now / HORIZON + math.log2(n * share)
-            old = self._ranks.get((layer, index), _NEVER)
-            self._ranks[layer, index] = max(old, new) + math.log2(1 + 2.0 ** -min(64.0, abs(old - new)))
+            self._ranks[layer, index] = added(self._ranks.get((layer, index), _NEVER), new)
 
     def admit(self, layer: int, experts: Sequence[int]) -> None:
         """Holds more experts. Of those that were never used, the first to come are the last to leave."""

@@ -38,6 +38,7 @@ from moelocal.engine.readahead import Piece, ReadAhead, fetch
 from moelocal.errors import MoelocalError
 from moelocal.machine.memory import read_ram
 from moelocal.machine.system import System
+from moelocal.model.facts import read_facts
 from moelocal.model.header import GGUFHeader
 from moelocal.model.slices import Range, always_used, expert_stacks
 from moelocal.model.usage import identity, load_usage
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 _CHOICE = b"ffn_moe_topk-"
 _SCAN_COVERAGE = 0.75  # of a layer's experts that a batch should need, from which all are read before it chooses
 _LOOK_EVERY = 32  # tokens, then the free memory is looked at again
-_SPARE_BYTES = 128 << 20  # of free memory, left for what comes and goes
+_LEAST_SPARE_BYTES = 64 << 20  # of free memory, left for what comes and goes
+_SPARE_CHOICES = 2  # of a token in one layer, likewise: what is requested comes before what leaves is gone
 _WARM_SHARE = 0.9  # of the room that is filled before anything is asked: the context is still being made
 _FORGET = 0.8  # of what the system took, as often
 _AUTOMATIC = 0.9  # a budget of at least so much of the free memory is the free memory, not a wish
@@ -76,6 +78,9 @@ class Residency(NodeReader):
             layer: [[self._ahead.pieces(*one) for one in ranges] for ranges in experts]
             for layer, experts in self._ranges.items()
         }
+        n_used = max((one.n_experts_used for one in read_facts(header).layers), default=0)
+        chosen_bytes = n_used * max(self._bytes.values(), default=0)
+        self._spare_bytes = max(_LEAST_SPARE_BYTES, _SPARE_CHOICES * chosen_bytes)
         self._cache = ExpertCache(self._bytes)
         self._lock = threading.Lock()  # of the cache and of `_passing`
         self._passing: dict[int, list[int]] = {}  # by layer, experts read for the batch that runs
@@ -128,7 +133,7 @@ class Residency(NodeReader):
         if not self._most_bytes:
             wished = self._ram is not None and self._ram.budget_bytes < _AUTOMATIC * free
             self._most_bytes = max(1, self._ram.weights_bytes - always) if self._ram and wished else 1 << 62
-        spare = _SPARE_BYTES + self._to_come_bytes + self._taken_bytes + always - self._locked_bytes
+        spare = self._spare_bytes + self._to_come_bytes + self._taken_bytes + always - self._locked_bytes
         self._taken_bytes = int(self._taken_bytes * _FORGET)
         self._cache.room_bytes = min(self._most_bytes, max(0, free - spare))
 

@@ -7,10 +7,13 @@ divergences in bits.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from moelocal.engine.expert_cache import HORIZON, added
 
 TOP_SHARES = (0.10, 0.25, 0.50)  # of a layer's experts, the most used ones
 CACHE_SHARES = (0.10, 0.25, 0.40, 0.50, 0.75)  # of a layer's experts, held by a cache
@@ -75,28 +78,56 @@ def slots(share: float, n_experts: int) -> int:
 
 
 @dataclass(slots=True)
+class Recent:
+    """One layer's experts after `n_tokens`: `latest` by their last time, the latest first; `ranking` by their `ranks`
+    (see `engine.expert_cache`), the highest first."""
+
+    n_tokens: int = 0
+    latest: list[int] = field(default_factory=list)
+    ranking: list[int] = field(default_factory=list)
+    ranks: dict[int, float] = field(default_factory=dict)
+
+    def use(self, expert: int) -> tuple[int | None, int | None]:
+        """Takes a choice. Returns the expert's places in `latest` and in `ranking` before; None: it is new."""
+        use = self.n_tokens / HORIZON
+        old = self.ranks.get(expert)
+        if old is None:
+            last = place = None
+            self.ranks[expert] = use
+        else:
+            last, place = self.latest.index(expert), self.ranking.index(expert)
+            del self.latest[last], self.ranking[place]
+            self.ranks[expert] = added(old, use)
+        self.latest.insert(0, expert)
+        insort(self.ranking, expert, key=lambda one: -self.ranks[one])
+        return last, place
+
+
+@dataclass(slots=True)
 class Tally:
     """Counts one layer's choices as they come, in memory that does not grow with the text.
 
-    `reuse`: how soon experts come again: entry d counts choices of an expert after d others were chosen since its last
-    time, entry `n_experts` the first times. A cache that keeps the S experts used last (LRU) hits exactly the distances
-    below S, whatever S is. `stack` are the experts by their last time, the latest first: the next text's tally may go
-    on with it. `mass` adds up the weights that each expert's output got. `halves` are the counts of blocks of 32 tokens
+    `reuse`: how soon experts come again: entry d counts choices of an expert after d others were chosen since its
+    last time, entry `n_experts` the first times. A cache that keeps the S experts used last (LRU) hits exactly the
+    distances below S, whatever S is. `ranked`: the same for the cache that moelocal keeps (`engine.expert_cache`):
+    entry d counts choices of an expert while d others ranked higher. `recent`: the next text's tally may go on with
+    it. `mass` adds up the weights that each expert's output got. `halves` are the counts of blocks of 32 tokens
     taken in turn: what differs between them is chance, to hold the difference of two texts against.
 
     Source: Mattson et al., Evaluation techniques for storage hierarchies, 1970 (stack distances).
     """
 
     n_experts: int
-    stack: list[int] = field(default_factory=list)
+    recent: Recent = field(default_factory=Recent)
     n_tokens: int = 0
     mass: list[float] = field(init=False)
     reuse: list[int] = field(init=False)
+    ranked: list[int] = field(init=False)
     halves: tuple[list[int], list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.mass = [0.0] * self.n_experts
-        self.reuse = [0] * (self.n_experts + 1)
+        self.reuse, self.ranked = [0] * (self.n_experts + 1), [0] * (self.n_experts + 1)
         self.halves = [0] * self.n_experts, [0] * self.n_experts
 
     @property
@@ -123,20 +154,12 @@ class Tally:
             at = end
         for expert, weight in zip(experts, weights, strict=False):
             self.mass[expert] += weight
-        self._reuse(experts)
+        for at, expert in enumerate(experts):
+            self.recent.n_tokens += at % n_used == 0
+            last, rank = self.recent.use(expert)
+            self.reuse[self.n_experts if last is None else last] += 1
+            self.ranked[self.n_experts if rank is None else rank] += 1
         self.n_tokens += len(experts) // n_used
-
-    def _reuse(self, experts: Sequence[int]) -> None:
-        stack, reuse = self.stack, self.reuse
-        for expert in experts:
-            try:
-                at = stack.index(expert)
-            except ValueError:
-                at = self.n_experts
-            else:
-                del stack[at]
-            reuse[at] += 1
-            stack.insert(0, expert)
 
 
 def divergence_bits(a: Sequence[int], b: Sequence[int]) -> float:

@@ -15,12 +15,13 @@ from moelocal.errors import BadRequest, MoelocalError
 from moelocal.measure.experts import (
     CACHE_SHARES,
     TOP_SHARES,
+    Recent,
     Tally,
     divergence_bits,
     layer_use,
     slots,
 )
-from moelocal.model.usage import ExpertUsage, LayerUsage, lru_hits
+from moelocal.model.usage import ExpertUsage, LayerUsage, cache_hits
 
 _PASSAGES = Path(__file__).with_name("passages.txt")
 _LEAST_TOKENS = 32
@@ -77,6 +78,10 @@ class Run:
         """Reuse distances of a layer's choices, in all texts one after another."""
         return [sum(column) for column in zip(*(tally.reuse for tally in self.tallies(layer)), strict=True)]
 
+    def ranked(self, layer: int) -> list[int]:
+        """Places by rank of a layer's choices, likewise."""
+        return [sum(column) for column in zip(*(tally.ranked for tally in self.tallies(layer)), strict=True)]
+
 
 def built_in() -> list[Passage]:
     """Short passages of several domains, written for this."""
@@ -105,10 +110,10 @@ def run_texts(
     n_all = sum(len(chunk) for _, chunks in texts for chunk in chunks)
     n_used: dict[int, int] = {}
     run = Run([], n_used)
-    stacks: dict[int, list[int]] = {layer: [] for layer in n_experts}
+    recent = {layer: Recent() for layer in n_experts}
     try:
         for name, chunks in texts:
-            its = Routed(name, tallies={layer: Tally(n, stacks[layer]) for layer, n in n_experts.items()})
+            its = Routed(name, tallies={layer: Tally(n, recent[layer]) for layer, n in n_experts.items()})
             run.texts.append(its)
             for n_new in _route(session, watch, chunks):
                 for layer, choices in watch.take().items():
@@ -201,13 +206,15 @@ def mean_lru_hits(run: Run) -> list[float]:
 
 
 def _layer_lru_hits(reuse: Sequence[int]) -> list[float]:
-    return [lru_hits(reuse, slots(share, len(reuse) - 1)) for share in CACHE_SHARES]
+    return [cache_hits(reuse, slots(share, len(reuse) - 1)) for share in CACHE_SHARES]
 
 
 def as_usage(run: Run, model: str) -> ExpertUsage:
     """The run as it is kept with the model."""
     layers = tuple(
-        LayerUsage(layer, tuple(run.counts(layer)), tuple(run.mass(layer)), tuple(run.reuse(layer)))
+        LayerUsage(
+            layer, tuple(run.counts(layer)), tuple(run.mass(layer)), tuple(run.reuse(layer)), tuple(run.ranked(layer))
+        )
         for layer in run.layers
     )
     text = ", ".join(one.name for one in run.texts)[:200]

@@ -21,7 +21,7 @@ from moelocal.model.facts import ModelFacts
 from moelocal.model.header import GGUFHeader
 from moelocal.paths import user_home
 
-_VERSION = 1
+_VERSION = 2
 _STEPS = 32  # of the shares of experts that RAM may hold
 _SAMPLE_BYTES = 16 << 10  # of each router
 _MOST_BYTES = 16 << 20
@@ -31,12 +31,14 @@ _MOST_LAYERS, _MOST_EXPERTS = 1024, 4096
 @dataclass(frozen=True, slots=True)
 class LayerUsage:
     """One MoE layer: how often each expert was chosen, the weights its outputs got added up, and `reuse`: how many
-    choices came again after d other experts (the last entry: for the first time); see `measure.experts`."""
+    choices came again after d other experts (the last entry: for the first time); `ranked`: how many while d others
+    ranked higher in moelocal's cache; see `measure.experts`."""
 
     layer: int
     counts: tuple[int, ...]
     mass: tuple[float, ...]
     reuse: tuple[int, ...]
+    ranked: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class ExpertUsage:
     layers: tuple[LayerUsage, ...]
 
 
-def lru_hits(distances: Sequence[int], n_slots: int) -> float:
-    """Share of the choices that an LRU cache of `n_slots` experts has, by their reuse distances."""
+def cache_hits(distances: Sequence[int], n_slots: int) -> float:
+    """Share of the choices that a cache of `n_slots` experts has, by their places in its order."""
     total = sum(distances)
     return sum(distances[: min(n_slots, len(distances) - 1)]) / total if total else 0.0
 
@@ -60,7 +62,7 @@ def hit_rates(usage: ExpertUsage) -> tuple[float, ...]:
     """Share of the choices that are in RAM when it holds i of `len - 1` equal parts of the experts; mean of the
     layers."""
     return tuple(
-        sum(lru_hits(one.reuse, round(step / _STEPS * len(one.counts))) for one in usage.layers) / len(usage.layers)
+        sum(cache_hits(one.ranked, round(step / _STEPS * len(one.counts))) for one in usage.layers) / len(usage.layers)
         for step in range(_STEPS + 1)
     )
 
@@ -117,6 +119,7 @@ def save_usage(which: str, usage: ExpertUsage) -> bool:
                 "counts": one.counts,
                 "mass": [float(f"{mass:.6g}") for mass in one.mass],
                 "reuse": one.reuse,
+                "ranked": one.ranked,
             }
             for one in usage.layers
         ],
@@ -161,9 +164,9 @@ def _decoded(stored: Any) -> ExpertUsage:
 
 
 def _layer(stored: Any) -> LayerUsage:
-    counts, mass, reuse = stored["counts"], stored["mass"], stored["reuse"]
+    counts, mass, reuse, ranked = stored["counts"], stored["mass"], stored["reuse"], stored["ranked"]
     n = len(counts)
-    if not 0 < n <= _MOST_EXPERTS or len(mass) not in (0, n) or len(reuse) != n + 1:
+    if not 0 < n <= _MOST_EXPERTS or len(mass) not in (0, n) or not len(reuse) == len(ranked) == n + 1:
         raise ValueError("experts")
     if any(isinstance(one, bool) or not math.isfinite(one) for one in mass):
         raise ValueError("mass")
@@ -172,6 +175,7 @@ def _layer(stored: Any) -> LayerUsage:
         tuple(_number(one) for one in counts),
         tuple(float(one) for one in mass),
         tuple(_number(one) for one in reuse),
+        tuple(_number(one) for one in ranked),
     )
 
 

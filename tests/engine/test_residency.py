@@ -153,7 +153,7 @@ def test_a_profile_says_what_is_read_first(tiny: Tiny, tmp_path: Path, monkeypat
     path = tiny("tiny-qwen3moe")
     header = read_header(path)
     liked = tuple(range(10))  # the last expert the most
-    layers = tuple(LayerUsage(layer, liked, (), (0,) * 10 + (45,)) for layer in range(4))
+    layers = tuple(LayerUsage(layer, liked, (), (0,) * 10 + (45,), (0,) * 10 + (45,)) for layer in range(4))
     assert save_usage(identity(header, [path]), ExpertUsage("m", "t", 10, 2, layers))
     with load([path], header, STREAMED) as session:
         residency = session.residency
@@ -170,7 +170,9 @@ def test_a_file_that_goes_away_while_it_runs_is_still_read(tiny: Tiny, tmp_path:
     with opened(path, STREAMED) as session:
         expected = answer(session)
         path.unlink()
-        assert answer(session, 60) and answer(session) == expected
+        assert answer(session, 60)
+        session.rewind(0)  # batches cut as before
+        assert answer(session) == expected
 
 
 def test_without_the_right_to_lock_memory_it_still_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moelocal.engine.expert_cache import HORIZON
 from moelocal.measure.experts import (
     CACHE_SHARES,
+    Recent,
     Tally,
     divergence_bits,
     entropy_bits,
@@ -18,7 +20,7 @@ from moelocal.measure.experts import (
     slots,
     top_share,
 )
-from moelocal.model.usage import lru_hits
+from moelocal.model.usage import cache_hits
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=64)
 
@@ -59,7 +61,7 @@ def test_shares_of_the_most_used() -> None:
 def test_nothing_chosen() -> None:
     use = layer_use(0, [0, 0, 0])
     assert (use.entropy, use.max_share, use.imbalance, use.unused) == (0.0, 0.0, 0.0, (0, 1, 2))
-    assert divergence_bits([0, 0], [1, 1]) == 0.0 and lru_hits([0, 0, 0], 2) == 0.0
+    assert divergence_bits([0, 0], [1, 1]) == 0.0 and cache_hits([0, 0, 0], 2) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,28 @@ def lru_by_simulation(choices: list[int], n_slots: int) -> float:
 
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=200), st.integers(1, 12))
 def test_hits_are_those_of_a_real_cache(choices: list[int], n_slots: int) -> None:
-    assert lru_hits(tally(choices, 12).reuse, n_slots) == pytest.approx(lru_by_simulation(choices, n_slots))
+    assert cache_hits(tally(choices, 12).reuse, n_slots) == pytest.approx(lru_by_simulation(choices, n_slots))
+
+
+@given(st.lists(st.integers(0, 11), max_size=200), st.integers(1, 5))
+def test_ranks_are_of_uses_that_fade(choices: list[int], n_used: int) -> None:
+    recent, uses = Recent(), dict[int, list[int]]()
+    for at, expert in enumerate(choices):
+        recent.n_tokens = now = at // n_used
+        rank = {one: sum(2 ** (time / HORIZON) for time in times) for one, times in uses.items()}
+        _, place = recent.use(expert)
+        if place is None:
+            assert expert not in uses
+        else:
+            alike = [one for one in rank if math.isclose(rank[one], rank[expert])]
+            n_higher = sum(rank[one] > rank[expert] for one in rank if one not in alike)
+            assert n_higher <= place < n_higher + len(alike)
+        uses.setdefault(expert, []).append(now)
+
+
+def test_what_is_used_again_and_again_outranks_what_was_used_last() -> None:
+    one = tally([0] * 10 + [1, 0], 2)
+    assert (one.reuse, one.ranked) == ([9, 1, 2], [10, 0, 2])
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=150), st.integers(1, 40))
@@ -100,7 +123,7 @@ def test_batches_make_no_difference(tokens: list[tuple[int, int]], step: int) ->
     for at in range(0, len(choices), 2 * step):
         parts.add(choices[at : at + 2 * step], [1.0] * len(choices[at : at + 2 * step]), 2)
     assert parts == whole
-    assert sum(whole.counts) == sum(whole.reuse) == len(choices) and whole.n_tokens == len(tokens)
+    assert sum(whole.counts) == sum(whole.reuse) == sum(whole.ranked) == len(choices) and whole.n_tokens == len(tokens)
     assert whole.mass == [float(n) for n in whole.counts]
 
 
@@ -111,7 +134,7 @@ def test_halves_are_blocks_of_32_tokens_in_turn() -> None:
 
 def test_the_next_text_finds_the_cache_warm() -> None:
     first = tally([0, 1], 2)
-    second = Tally(2, first.stack)
+    second = Tally(2, first.recent)
     second.add([0, 1], [], 1)
     assert second.reuse == [0, 2, 0] and second.mass == [0.0, 0.0]
 

@@ -15,7 +15,7 @@ from moelocal.model.header import read_header
 from moelocal.model.usage import ExpertUsage, LayerUsage, identity, load_usage, profile_file, save_usage
 from tests.conftest import DEMO
 
-LAYER = LayerUsage(1, (3, 0, 5), (1.5, 0.0, 2.5), (2, 3, 1, 2))
+LAYER = LayerUsage(1, (3, 0, 5), (1.5, 0.0, 2.5), (2, 3, 1, 2), (3, 2, 1, 2))
 USAGE = ExpertUsage("demo", "prose, code", 4, 2, (LAYER,))
 Tiny = Callable[[str], Path]
 
@@ -34,7 +34,7 @@ def test_a_folder_that_cannot_be_written(home: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda stored: stored.update(version=2),
+        lambda stored: stored.update(version=1),
         lambda stored: stored.update(layers=[]),
         lambda stored: stored.update(layers=None),
         lambda stored: stored.update(n_tokens=-1),
@@ -46,6 +46,7 @@ def test_a_folder_that_cannot_be_written(home: Path) -> None:
         lambda stored: stored["layers"][0].update(mass=[1, 2, float("nan")]),
         lambda stored: stored["layers"][0].update(mass=["1", 2, 3]),
         lambda stored: stored["layers"][0].update(reuse=[1]),
+        lambda stored: stored["layers"][0].pop("ranked"),
     ],
 )
 def test_damaged_files_are_passed_over(damage: Callable[[Any], Any]) -> None:

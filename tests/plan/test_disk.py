@@ -43,7 +43,8 @@ def test_less_ram_and_a_slower_disk_are_slower(facts: ModelFacts) -> None:
 
 
 def test_a_profile_of_choices_that_repeat_predicts_fewer_misses(facts: ModelFacts) -> None:
-    near = LayerUsage(0, (1,) * 128, (), (30, 30, 20, *(0,) * 40, *(1,) * 10, *(0,) * 75, 1))
+    places = (30, 30, 20, *(0,) * 40, *(1,) * 10, *(0,) * 75, 1)
+    near = LayerUsage(0, (1,) * 128, (), (128, *(0,) * 128), places)
     known = replace(facts, hit_rates=hit_rates(ExpertUsage("m", "t", 100, 8, (near,))))
     assert known.hit_rates[0] == 0.0 and known.hit_rates[-1] == pytest.approx(90 / 91)
     alike, repeating = planned(facts, "12GiB"), planned(known, "12GiB")
