@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from moelocal.model.header import GGUFHeader, TensorInfo
 
 _BEFORE_OUTPUT: dict[str, Literal["router", "experts"]] = {"arctic": "experts", "smallthinker": "router"}
+# whose weights of the chosen experts need not add up to one
+_UNNORMED = ("deepseek", "jamba", "llada-moe", "llama4", "nomic-bert-moe", "olmoe", "qwen2moe")
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(.+?)(?:\.weight)?")
 Shapes = Mapping[str, tuple[int, ...]]  # of one layer's tensors, by name without `blk.N.` and `.weight`
@@ -45,6 +47,16 @@ class RecurrentGraph(NamedTuple):
     kernel: int
     n_heads: int = 0
 
+    @property
+    def past(self) -> int:
+        """Values that the convolution remembers."""
+        return (self.kernel - 1) * self.conv
+
+    @property
+    def is_ahead(self) -> bool:
+        """They are gathered before the layer's input is finished."""
+        return not self.keys
+
 
 class LayerGraph(NamedTuple):
     """Values per token of one layer. `ff`: of one expert; `n_experts` is 0 in a dense layer. `before_output`: what of
@@ -61,6 +73,7 @@ class LayerGraph(NamedTuple):
     n_used: int
     is_gate_up_fused: bool
     has_probs_bias: bool
+    weighing: Literal["plain", "normed", "softmax"]
     is_scaled: bool
     is_weighed_first: bool
     adds_to_input: tuple[bool, bool]
@@ -129,12 +142,19 @@ def _layer(keys: _Keys, index: int, shapes: Shapes, n_used: int, n_embd: int) ->
         n_used=min(n_used, n_experts),
         is_gate_up_fused=is_fused,
         has_probs_bias="exp_probs_b.bias" in shapes or "exp_probs_b" in shapes,
+        weighing=_weighing(keys),
         is_scaled=keys.metadata.get(f"{keys.arch}.expert_weights_scale", 1.0) not in (0.0, 1.0),
         is_weighed_first=keys.arch == "llama4",
         adds_to_input=(is_lfm or bool(recurrent and recurrent.keys), is_lfm),
         before_output=_BEFORE_OUTPUT.get(keys.arch, "nothing") if n_experts else "nothing",
         is_shared_gated="ffn_gate_inp_shexp" in shapes,
     )
+
+
+def _weighing(keys: _Keys) -> Literal["plain", "normed", "softmax"]:
+    if keys.arch == "gpt-oss":
+        return "softmax"
+    return "normed" if keys.metadata.get(f"{keys.arch}.expert_weights_norm", keys.arch not in _UNNORMED) else "plain"
 
 
 def _width(shapes: Shapes, name: str) -> int:

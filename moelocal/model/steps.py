@@ -17,11 +17,12 @@ from moelocal.model.graph import AttentionGraph, LayerGraph, RecurrentGraph
 
 class Style(NamedTuple):
     """How attention is computed: without flash attention every query has a score for each of `n_kv` cells; a quantized
-    cache holds keys and values that were rotated."""
+    cache holds keys and values that were rotated. `is_windowed`: some of the model's layers attend within a window."""
 
     n_kv: int
     is_flash: bool
     is_quantized: bool
+    is_windowed: bool
 
 
 def add(replay: Replay, stream: Tensor, addend: Tensor, to_input: bool) -> Tensor:
@@ -70,7 +71,15 @@ def _project(r: Replay, g: AttentionGraph, device: str, style: Style, norm: Tens
         gates, q = q, r.new(device, g.out)
     elif g.has_rope:
         q = r.replace(q)
-    q, v, k = rotate(q), rotate(r.new(device, g.v)), r.new(device, g.k)
+    q = rotate(q)
+    if style.is_windowed:  # keys before values
+        k = r.new(device, g.k)
+        k = rotate(r.replace(k) if g.has_rope else k)
+        v = r.new(device, g.v)
+        r.free(norm)
+        r.free(k, rotate(v))
+        return q, gates
+    v, k = rotate(r.new(device, g.v)), r.new(device, g.k)
     r.free(norm)
     r.free(rotate(r.replace(k) if g.has_rope else k), v)
     return q, gates
@@ -99,13 +108,18 @@ def _attend_latent(r: Replay, g: AttentionGraph, latent: tuple[int, int, int], d
     return r.replace(heads)
 
 
-def recur(r: Replay, g: RecurrentGraph, device: str, x: Tensor) -> Tensor:
+def recall(r: Replay, g: RecurrentGraph, device: str) -> Tensor:
+    """The last tokens of the past, for the convolution."""
+    return r.take(device, g.past * F32)
+
+
+def recur(r: Replay, g: RecurrentGraph, device: str, x: Tensor, history: Tensor | None) -> Tensor:
     """A convolution over a few tokens, then a state that each token changes."""
-    past = (g.kernel - 1) * g.conv
-    history, norm = r.take(device, past * F32), r.like(x)
+    norm = r.like(x)
+    history = history or recall(r, g, device)
     projected = r.new(device, g.projected)
     if g.keys:  # gated delta net: queries, keys and values are convolved
-        window = r.new(device, g.conv, past)
+        window = r.new(device, g.conv, g.past)
         r.free(projected, history)
         state = r.take(device, g.state * F32)
         conv = r.new(device, g.conv)
@@ -113,7 +127,7 @@ def recur(r: Replay, g: RecurrentGraph, device: str, x: Tensor) -> Tensor:
         return _delta_net(r, g, conv, state, norm)
     r.free(norm)
     mixed = None if g.state else r.new(device, g.conv)
-    window = r.new(device, g.conv, past)
+    window = r.new(device, g.conv, g.past)
     r.free(history)
     if mixed:
         r.free(mixed)
@@ -122,10 +136,15 @@ def recur(r: Replay, g: RecurrentGraph, device: str, x: Tensor) -> Tensor:
     if mixed:  # a short convolution, and no more
         r.free(projected)
         return conv
-    scan, through = r.new(device, g.inner, g.state), r.new(device, g.inner)
-    r.free(conv)
+    decay = r.new(device, g.n_heads)
+    scan = r.new(device, g.inner, g.state)
+    r.free(decay)
+    gates = r.new(device, g.inner)
+    r.free(projected)
+    through = r.new(device, g.inner)
+    r.free(conv, scan)
     gated = r.new(device, g.inner)
-    r.free(scan, through, projected)
+    r.free(gates, through)
     return r.replace(gated)
 
 
@@ -165,6 +184,8 @@ def ask_router(r: Replay, g: LayerGraph, device: str) -> Router:
         r.free(biased)
     weights = r.new(device, g.n_used)
     r.free(probs)
+    if g.weighing != "normed":
+        return Router(order, r.replace(weights) if g.weighing == "softmax" else weights)
     total = r.new(device, 1)
     normed = r.new(device, g.n_used)
     r.free(weights, total)
@@ -173,11 +194,15 @@ def ask_router(r: Replay, g: LayerGraph, device: str) -> Router:
 
 class Route(NamedTuple):
     """Devices of a layer's experts, and where the layer ends: what follows the last weights of the CPU's last layer is
-    pulled over to the GPU that goes on, and with it, in this order, everything that the GPU needs (`arrive`: masks)."""
+    pulled over to the GPU that goes on, and with it, in this order, everything that the GPU needs (`arrive`: masks).
+    `recall`: the next layer's past, gathered before what of this layer nothing has asked for yet; on a GPU it pulls the
+    experts' sum over (`is_pulled`)."""
 
     home: str
     finish: str
-    arrive: Callable[[], object]
+    arrive: Callable[[bool], object]
+    recall: Callable[[], object]
+    is_pulled: bool
 
 
 def feed_forward(r: Replay, g: LayerGraph, route: Route, x: Tensor, router: Router | None) -> Tensor:
@@ -186,28 +211,45 @@ def feed_forward(r: Replay, g: LayerGraph, route: Route, x: Tensor, router: Rout
     if not g.n_experts or g.before_output == "experts":
         return _end(r, g, route, x, _dense(r, g.dense_ff, norm))
     given = experts(r, g, route.home, norm, router or ask_router(r, g, x.device))
-    if not g.shared_ff and not g.dense_ff and x.device != route.finish:
-        given, x = given.move(r, route.finish), r.move(x, route.finish)
-        route.arrive()
-    routed = add_up(r, g, x.device, given)
+    is_last = not g.shared_ff and not g.dense_ff
+    given = given.move(r, route.finish if is_last or route.is_pulled else x.device)
+    route.arrive(False)
+    if is_last:
+        x = r.move(x, route.finish)
+    if x.device == route.finish:
+        route.arrive(True)
+    routed = add_up(r, g, given)
+    route.recall()
     if g.shared_ff:
-        shared = _dense(r, g.shared_ff, norm, keep_norm=g.is_shared_gated)
-        if g.is_shared_gated:
-            r.free(norm)
-        if x.device != route.finish:
-            routed, shared, x = (r.move(tensor, route.finish) for tensor in (routed, shared, x))
-            route.arrive()
-        r.free(shared)
+        routed, x = _share(r, g, route, (x, norm, routed))
     elif g.dense_ff:  # beside the experts, behind a norm of its own
         r.free(_dense(r, g.dense_ff, r.like(x)))
     return _end(r, g, route, x, routed)
+
+
+def _share(r: Replay, g: LayerGraph, route: Route, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The shared experts' part added to what the routed ones gave; that and the residual, where the layer ends."""
+    x, norm, routed = given
+    shared = _dense(r, g.shared_ff, norm, keep_norm=g.is_shared_gated)
+    gate = r.new(x.device, 1) if g.is_shared_gated else None
+    if gate:
+        r.free(norm)
+    if x.device != route.finish:
+        if gate:
+            gate, shared = r.move(gate, route.finish), r.move(shared, route.finish)
+        routed, shared, x = (r.move(tensor, route.finish) for tensor in (routed, shared, x))
+        route.arrive(True)
+    if gate:
+        r.free(gate)
+    r.free(shared)
+    return routed, x
 
 
 def _end(r: Replay, g: LayerGraph, route: Route, x: Tensor, out: Tensor) -> Tensor:
     """The residual, where the layer ends."""
     if x.device != route.finish:
         out, x = r.move(out, route.finish), r.move(x, route.finish)
-        route.arrive()
+        route.arrive(True)
     return add(r, x, out, g.adds_to_input[1])
 
 
@@ -223,22 +265,20 @@ def _dense(r: Replay, width: int, norm: Tensor, keep_norm: bool = False) -> Tens
 
 
 class Given(NamedTuple):
-    """What the chosen experts gave for each token, and their weights. `order`: what chose them, while it stays behind
-    on another device than theirs."""
+    """What the chosen experts gave for each token, and their weights."""
 
     down: Tensor
     weights: Tensor
-    order: Tensor | None = None
 
     def move(self, r: Replay, device: str) -> Given:
         """On the device that goes on with them."""
-        return Given(r.move(self.down, device), r.move(self.weights, device), self.order)
+        return Given(r.move(self.down, device), r.move(self.weights, device))
 
 
 def experts(r: Replay, g: LayerGraph, home: str, norm: Tensor, router: Router) -> Given:
     """The chosen experts on their device."""
     source = r.new(norm.device, g.n_embd * g.n_used) if g.is_weighed_first else norm
-    there, chosen = r.copy(source, home), r.copy(router.order, home)
+    there, chosen = r.copy(source, home), r.move(router.order, home)
     width = g.ff * g.n_used
     opened = [r.new(home, 2 * width)] if g.is_gate_up_fused else [r.new(home, width), r.new(home, width)]
     if there is not source:
@@ -251,15 +291,12 @@ def experts(r: Replay, g: LayerGraph, home: str, norm: Tensor, router: Router) -
     r.free(*opened)
     down = r.new(home, g.n_embd * g.n_used)
     r.free(active, chosen)
-    return Given(down, router.weights, None if chosen is router.order else router.order)
+    return Given(down, router.weights)
 
 
-def add_up(r: Replay, g: LayerGraph, device: str, given: Given) -> Tensor:
+def add_up(r: Replay, g: LayerGraph, given: Given) -> Tensor:
     """What the experts gave, weighed and added up."""
-    given = given.move(r, device)
     r.free(given.weights)
-    total = r.new(device, g.n_embd)
+    total = r.new(given.down.device, g.n_embd)
     r.free(given.down)
-    if given.order:
-        r.free(given.order)
     return total
