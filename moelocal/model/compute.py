@@ -106,10 +106,10 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
         result = replay.like(stream)
     if not layer.n_experts:
         inputs.recall(index + 1)
-    router = ask_router(replay, layer, device) if layer.before_output == "router" else None
+    router = ask_router(replay, layer, stream) if layer.before_output == "router" else None
     routed = None
     if layer.before_output == "experts":
-        given = experts(replay, layer, home, replay.like(stream), ask_router(replay, layer, device))
+        given = experts(replay, layer, home, replay.like(stream), ask_router(replay, layer, stream))
         routed = add_up(replay, layer, given.move(replay, device))
     if layer.attention and not layer.attention.latent and style.is_quantized:
         result = replay.replace(result)  # rotated back
@@ -121,7 +121,7 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
     ):  # only tokens whose logits are wanted go on
         replay.n_tokens = min(inputs.work.n_outputs, replay.n_tokens)
     after = inputs.after(index)
-    finish = after if device == CPU else device
+    finish = after if device == CPU and not layer.has_output_scale else device
     route = Route(
         home,
         finish,
@@ -140,9 +140,12 @@ def _needs(layer: LayerFacts, steps: LayerGraph) -> list[_Input]:
     """A layer's inputs, in the order in which it asks for them."""
     if steps.recurrent:
         return [_Input("states")]
-    names = [_Input("positions")] if steps.attention and steps.attention.has_rope else []
+    attention = steps.attention
+    names = [_Input("positions")] if attention and attention.has_rope else []
+    if attention and attention.is_scaled:
+        names = [_Input("scales")]
     for cache in layer.caches[:1]:
-        is_latent = steps.attention and steps.attention.latent  # whose keys hold the values
+        is_latent = attention and attention.latent  # whose keys hold the values
         names += [_Input(kind, cache.window) for kind in ("keys", *(() if is_latent else ("values",)), "mask")]
     return names
 
@@ -150,7 +153,7 @@ def _needs(layer: LayerFacts, steps: LayerGraph) -> list[_Input]:
 class _Input(NamedTuple):
     """An input of the graph; caches with another window have their own."""
 
-    kind: Literal["states", "positions", "keys", "values", "mask", "outputs"]
+    kind: Literal["states", "positions", "scales", "keys", "values", "mask", "outputs"]
     window: int | None = None
 
 
@@ -197,7 +200,7 @@ class _Inputs:
             return self.cells[name.window] * n_tokens * (F16 if self.is_flash else F32)
         if name.kind in ("states", "outputs"):
             return _INDEX_BYTES * (1 if name.kind == "states" else self.work.n_outputs)
-        if name.kind == "positions":
+        if name.kind in ("positions", "scales"):
             return n_tokens * _INDEX_BYTES
         is_transposed = name.kind == "values" and not self.is_flash  # an index for each value
         return n_tokens * _PLACE_BYTES * (self.v if is_transposed else 1)

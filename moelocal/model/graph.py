@@ -23,7 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # of one layer's tensors, by name withou
 class AttentionGraph(NamedTuple):
     """Values per token of one attention layer: queries as projected (with their gates, if any), keys, values, and the
     result before the output projection. `has_rope`: positions turn queries and keys. `latent`: MLA's (queries'
-    bottleneck, rotary part of a key, latent values)."""
+    bottleneck, rotary part of a key, latent values). `values`: as projected, or normed, or normed from the keys.
+    `is_scaled`: queries by their positions, instead of turned."""
 
     n_head: int
     q: int
@@ -33,6 +34,8 @@ class AttentionGraph(NamedTuple):
     is_fused: bool = False
     has_rope: bool = True
     latent: tuple[int, int, int] | None = None  # q_rank, rope, kv_rank
+    values: Literal["own", "normed", "keys"] = "own"
+    is_scaled: bool = False
 
 
 class RecurrentGraph(NamedTuple):
@@ -79,6 +82,9 @@ class LayerGraph(NamedTuple):
     adds_to_input: tuple[bool, bool]
     before_output: Literal["nothing", "router", "experts"]
     is_shared_gated: bool
+    has_router_norm: bool
+    has_expert_scale: bool
+    has_output_scale: bool
 
 
 class GraphFacts(NamedTuple):
@@ -148,6 +154,9 @@ def _layer(keys: _Keys, index: int, shapes: Shapes, n_used: int, n_embd: int) ->
         adds_to_input=(is_lfm or bool(recurrent and recurrent.keys), is_lfm),
         before_output=_BEFORE_OUTPUT.get(keys.arch, "nothing") if n_experts else "nothing",
         is_shared_gated="ffn_gate_inp_shexp" in shapes,
+        has_router_norm="ffn_gate_inp.scale" in shapes,
+        has_expert_scale="ffn_down_exps.scale" in shapes,
+        has_output_scale="layer_output_scale" in shapes,
     )
 
 
@@ -179,11 +188,13 @@ def _attention(keys: _Keys, index: int, shapes: Shapes, n_embd: int) -> Attentio
     if "attn_qkv" in shapes:
         kv = max(0, _width(shapes, "attn_qkv") - out) // 2
         return AttentionGraph(n_head, out, kv, kv, out, is_fused=True)
-    k = _width(shapes, "attn_k")
+    q, k, v = (_width(shapes, name) for name in ("attn_q", "attn_k", "attn_v"))
+    if keys.arch == "gemma4":
+        return AttentionGraph(n_head, q, k, v or k, out, values="normed" if v else "keys")
+    if keys.arch == "llama4" and index % 4 == 3:
+        return AttentionGraph(n_head, q, k, v, out, has_rope=False, is_scaled=True)
     is_still = keys.arch == "smallthinker" and keys.number("attention.sliding_window", index) > 0 and index % 4 == 0
-    return AttentionGraph(
-        n_head, _width(shapes, "attn_q"), k, _width(shapes, "attn_v") or k, out, has_rope=not is_still
-    )
+    return AttentionGraph(n_head, q, k, v or k, out, has_rope=not is_still)
 
 
 def _recurrent(keys: _Keys, index: int, shapes: Shapes, n_embd: int) -> RecurrentGraph | None:

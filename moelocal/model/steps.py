@@ -47,7 +47,8 @@ def attend(r: Replay, g: AttentionGraph, device: str, style: Style, x: Tensor) -
         r.free(weighed)
     if gates:
         opened = r.new(device, g.out)
-        r.free(gates, opened)
+        r.free(gates, result)
+        result = opened
     return result
 
 
@@ -69,20 +70,35 @@ def _project(r: Replay, g: AttentionGraph, device: str, style: Style, norm: Tens
     q, gates = r.new(device, g.q), None
     if g.q > g.out:
         gates, q = q, r.new(device, g.out)
-    elif g.has_rope:
+    elif g.has_rope or g.is_scaled:
         q = r.replace(q)
     q = rotate(q)
-    if style.is_windowed:  # keys before values
-        k = r.new(device, g.k)
-        k = rotate(r.replace(k) if g.has_rope else k)
-        v = r.new(device, g.v)
-        r.free(norm)
-        r.free(k, rotate(v))
+    if style.is_windowed:
+        _keys_first(r, g, norm, rotate)
         return q, gates
     v, k = rotate(r.new(device, g.v)), r.new(device, g.k)
     r.free(norm)
     r.free(rotate(r.replace(k) if g.has_rope else k), v)
     return q, gates
+
+
+def _keys_first(r: Replay, g: AttentionGraph, norm: Tensor, rotate: Callable[[Tensor], Tensor]) -> None:
+    """Keys, then values, where some layers attend within a window; elsewhere it is the other way round."""
+    projected = r.new(norm.device, g.k)
+    if g.values == "keys":
+        r.free(norm)
+    k = r.new(norm.device, g.k) if g.has_rope else projected
+    if g.values == "keys":
+        v = r.new(norm.device, g.v)
+        r.free(projected)
+    else:
+        if k is not projected:
+            r.free(projected)
+        k = rotate(k)
+        v = r.new(norm.device, g.v)
+        r.free(norm)
+        v = r.replace(v) if g.values == "normed" else v
+    r.free(k, rotate(v))
 
 
 def _attend_latent(r: Replay, g: AttentionGraph, latent: tuple[int, int, int], device: str, norm: Tensor) -> Tensor:
@@ -120,7 +136,7 @@ def recur(r: Replay, g: RecurrentGraph, device: str, x: Tensor, history: Tensor 
     projected = r.new(device, g.projected)
     if g.keys:  # gated delta net: queries, keys and values are convolved
         window = r.new(device, g.conv, g.past)
-        r.free(projected, history)
+        r.free(history, projected)
         state = r.take(device, g.state * F32)
         conv = r.new(device, g.conv)
         r.free(window)
@@ -175,9 +191,20 @@ class Router(NamedTuple):
     weights: Tensor
 
 
-def ask_router(r: Replay, g: LayerGraph, device: str) -> Router:
+def ask_router(r: Replay, g: LayerGraph, x: Tensor) -> Router:
     """Scores of all experts, their order, and the chosen ones' weights."""
+    device = x.device
+    norm = r.like(x) if g.has_router_norm else None
     probs = r.new(device, g.n_experts)
+    if norm:
+        r.free(norm)
+    if g.is_weighed_first:  # chosen by what the weights are made of
+        probs, logits = r.new(device, g.n_experts), probs
+        order = r.new(device, g.n_experts)
+        r.free(logits)
+        weights = r.new(device, g.n_used)
+        r.free(probs)
+        return Router(order, weights)
     biased = r.new(device, g.n_experts) if g.has_probs_bias else None
     order = r.new(device, g.n_experts)
     if biased:
@@ -207,10 +234,12 @@ class Route(NamedTuple):
 
 def feed_forward(r: Replay, g: LayerGraph, route: Route, x: Tensor, router: Router | None) -> Tensor:
     """Norm, FFN of any kind, and the residual."""
+    if g.has_router_norm:
+        router = ask_router(r, g, x)
     norm = r.like(x)
     if not g.n_experts or g.before_output == "experts":
         return _end(r, g, route, x, _dense(r, g.dense_ff, norm))
-    given = experts(r, g, route.home, norm, router or ask_router(r, g, x.device))
+    given = experts(r, g, route.home, norm, router or ask_router(r, g, x))
     is_last = not g.shared_ff and not g.dense_ff
     given = given.move(r, route.finish if is_last or route.is_pulled else x.device)
     route.arrive(False)
@@ -223,7 +252,9 @@ def feed_forward(r: Replay, g: LayerGraph, route: Route, x: Tensor, router: Rout
     if g.shared_ff:
         routed, x = _share(r, g, route, (x, norm, routed))
     elif g.dense_ff:  # beside the experts, behind a norm of its own
-        r.free(_dense(r, g.dense_ff, r.like(x)))
+        dense = _dense(r, g.dense_ff, r.like(x))
+        r.free(routed)
+        routed = dense
     return _end(r, g, route, x, routed)
 
 
@@ -265,20 +296,27 @@ def _dense(r: Replay, width: int, norm: Tensor, keep_norm: bool = False) -> Tens
 
 
 class Given(NamedTuple):
-    """What the chosen experts gave for each token, and their weights."""
+    """What the chosen experts gave for each token; their weights, if they are not yet in it; and what chose them, if
+    each expert has a scale to be looked up."""
 
     down: Tensor
-    weights: Tensor
+    weights: Tensor | None
+    order: Tensor | None
 
     def move(self, r: Replay, device: str) -> Given:
         """On the device that goes on with them."""
-        return Given(r.move(self.down, device), r.move(self.weights, device))
+        return Given(r.move(self.down, device), self.weights and r.move(self.weights, device), self.order)
 
 
 def experts(r: Replay, g: LayerGraph, home: str, norm: Tensor, router: Router) -> Given:
     """The chosen experts on their device."""
-    source = r.new(norm.device, g.n_embd * g.n_used) if g.is_weighed_first else norm
-    there, chosen = r.copy(source, home), r.move(router.order, home)
+    source = norm
+    if g.is_weighed_first:
+        source = r.new(norm.device, g.n_embd * g.n_used)
+        r.free(router.weights)
+    there, chosen = r.copy(source, home), r.copy(router.order, home)
+    if chosen is not router.order and not g.has_expert_scale:
+        r.free(router.order)
     width = g.ff * g.n_used
     opened = [r.new(home, 2 * width)] if g.is_gate_up_fused else [r.new(home, width), r.new(home, width)]
     if there is not source:
@@ -290,13 +328,19 @@ def experts(r: Replay, g: LayerGraph, home: str, norm: Tensor, router: Router) -
     active = r.new(home, width)
     r.free(*opened)
     down = r.new(home, g.n_embd * g.n_used)
-    r.free(active, chosen)
-    return Given(down, router.weights)
+    r.free(active)
+    if chosen is not router.order or not g.has_expert_scale:
+        r.free(chosen)
+    return Given(down, None if g.is_weighed_first else router.weights, router.order if g.has_expert_scale else None)
 
 
 def add_up(r: Replay, g: LayerGraph, given: Given) -> Tensor:
     """What the experts gave, weighed and added up."""
-    r.free(given.weights)
+    if given.order:  # each token's scales, out of all
+        scales, found = r.new(given.order.device, g.n_experts), r.new(given.order.device, g.n_used)
+        r.free(scales, given.order, found)
+    if given.weights:
+        r.free(given.weights)
     total = r.new(given.down.device, g.n_embd)
     r.free(given.down)
     return total
