@@ -79,6 +79,7 @@ class LayerGraph(NamedTuple):
     weighing: Literal["plain", "normed", "softmax"]
     is_scaled: bool
     is_weighed_first: bool
+    groups: tuple[int, int]
     adds_to_input: tuple[bool, bool]
     before_output: Literal["nothing", "router", "experts"]
     is_shared_gated: bool
@@ -151,6 +152,7 @@ def _layer(keys: _Keys, index: int, shapes: Shapes, n_used: int, n_embd: int) ->
         weighing=_weighing(keys),
         is_scaled=keys.metadata.get(f"{keys.arch}.expert_weights_scale", 1.0) not in (0.0, 1.0),
         is_weighed_first=keys.arch == "llama4",
+        groups=(keys.number("expert_group_count", index), keys.number("expert_group_used_count", index)),
         adds_to_input=(is_lfm or bool(recurrent and recurrent.keys), is_lfm),
         before_output=_BEFORE_OUTPUT.get(keys.arch, "nothing") if n_experts else "nothing",
         is_shared_gated="ffn_gate_inp_shexp" in shapes,

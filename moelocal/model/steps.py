@@ -206,9 +206,14 @@ def ask_router(r: Replay, g: LayerGraph, x: Tensor) -> Router:
         r.free(probs)
         return Router(order, weights)
     biased = r.new(device, g.n_experts) if g.has_probs_bias else None
+    scores = biased or probs
+    if g.groups[0] > 1:
+        scores = _mask_groups(r, g, scores)
+        if biased:
+            r.free(biased)
     order = r.new(device, g.n_experts)
-    if biased:
-        r.free(biased)
+    if scores is not probs:
+        r.free(scores)
     weights = r.new(device, g.n_used)
     r.free(probs)
     if g.weighing != "normed":
@@ -217,6 +222,22 @@ def ask_router(r: Replay, g: LayerGraph, x: Tensor) -> Router:
     normed = r.new(device, g.n_used)
     r.free(weights, total)
     return Router(order, r.replace(normed) if g.is_scaled else normed)
+
+
+def _mask_groups(r: Replay, g: LayerGraph, scores: Tensor) -> Tensor:
+    """Scores of the experts of those groups whose two best ones are best."""
+    device, (n_groups, n_used) = scores.device, g.groups
+    order = r.new(device, g.n_experts)
+    best = r.new(device, 2 * n_groups)
+    r.free(order)
+    totals = r.new(device, n_groups)
+    r.free(best)
+    groups = r.new(device, n_groups)
+    r.free(totals)
+    kept = r.new(device, g.n_experts // n_groups * n_used)
+    masked = r.new(device, g.n_experts)
+    r.free(kept, groups)
+    return masked
 
 
 class Route(NamedTuple):
