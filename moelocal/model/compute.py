@@ -24,6 +24,7 @@ from moelocal.model.steps import Route, Style, add, add_up, ask_router, attend, 
 
 CPU = "CPU"
 _INDEX_BYTES, _PLACE_BYTES = 4, 8  # a token's number or position; its place in a cache
+_ROTATED = 64  # values of a quantized cache at once; of keys, more
 _ALL_TO_THE_END = (
     "bailingmoe3",
     "cohere2moe",
@@ -136,25 +137,30 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
     return stream
 
 
-def _needs(layer: LayerFacts, steps: LayerGraph) -> list[_Input]:
-    """A layer's inputs, in the order in which it asks for them."""
-    if steps.recurrent:
-        return [_Input("states")]
-    attention = steps.attention
-    names = [_Input("positions")] if attention and attention.has_rope else []
-    if attention and attention.is_scaled:
-        names = [_Input("scales")]
-    for cache in layer.caches[:1]:
-        is_latent = attention and attention.latent  # whose keys hold the values
-        names += [_Input(kind, cache.window) for kind in ("keys", *(() if is_latent else ("values",)), "mask")]
-    return names
-
-
 class _Input(NamedTuple):
     """An input of the graph; caches with another window have their own."""
 
-    kind: Literal["states", "positions", "scales", "keys", "values", "mask", "outputs"]
+    kind: Literal["states", "positions", "scales", "rotation", "keys", "values", "mask", "outputs"]
     window: int | None = None
+    length: int = 0  # of a rotation's rows
+
+
+def _needs(layer: LayerFacts, steps: LayerGraph, is_quantized: bool) -> list[_Input]:
+    """A layer's inputs, in the order in which it asks for them."""
+    attention = steps.attention
+    if not attention:
+        return [_Input("states")] if steps.recurrent else []
+    names = [_Input("positions")] if attention.has_rope else []
+    if attention.is_scaled:
+        names = [_Input("scales")]
+    for cache in layer.caches[:1]:
+        head = attention.out // max(1, attention.n_head)
+        if is_quantized and not attention.latent and head % _ROTATED == 0:  # keys by the greatest power of two in it
+            lengths = (head & -head, 0)
+            names += [_Input("rotation", cache.window, length) for length in lengths]
+        kinds = ("keys", "mask") if attention.latent else ("keys", "values", "mask")  # latent keys hold the values
+        names += [_Input(kind, cache.window) for kind in kinds]
+    return names
 
 
 class _Inputs:
@@ -169,7 +175,10 @@ class _Inputs:
         caches = {cache.window: cache for layer in facts.layers for cache in layer.caches[:1]}
         self.cells = {window: cache.cells(work.n_ctx, work.n_ubatch) for window, cache in caches.items()}
         self.devices = (*where.layers, where.output)
-        self.needs = [_needs(layer, steps) for layer, steps in zip(facts.layers, graph.layers, strict=True)]
+        homes = zip(facts.layers, where.layers, where.experts, strict=True)
+        self.homes = [home if layer.n_experts else device for layer, device, home in homes] + [where.output]
+        layers = zip(facts.layers, graph.layers, strict=True)
+        self.needs = [_needs(layer, steps, self.is_quantized) for layer, steps in layers]
         self.needs.append([])
         self.needs[-1 if graph.arch in _ALL_TO_THE_END else -2].append(_Input("outputs"))
         self.last = {name: device for needs, device in zip(self.needs, self.devices, strict=True) for name in needs}
@@ -191,13 +200,16 @@ class _Inputs:
         signs: list[object] = []
         for index, (layer, graph, device, home) in enumerate(layers):
             is_last = index == len(self.where.layers) - 1
-            signs.append((graph, layer.caches[:1], bool(layer.n_experts), device, home, self.after(index), is_last))
+            follows = self.after(index), self.ahead(index + 1)
+            signs.append((graph, layer.caches[:1], bool(layer.n_experts), device, home, follows, is_last))
         return signs
 
     def _n_bytes(self, name: _Input) -> int:
         n_tokens = self.replay.n_tokens
         if name.kind == "mask":
             return self.cells[name.window] * n_tokens * (F16 if self.is_flash else F32)
+        if name.kind == "rotation":
+            return (name.length or _ROTATED) ** 2 * F32
         if name.kind in ("states", "outputs"):
             return _INDEX_BYTES * (1 if name.kind == "states" else self.work.n_outputs)
         if name.kind in ("positions", "scales"):
@@ -219,11 +231,7 @@ class _Inputs:
             if self.devices[index] != device:
                 break
             self.copy(device, self.needs[index])
-            if (
-                self.facts.layers[index : index + 1]
-                and self.facts.layers[index].n_experts
-                and self.where.experts[index] != device
-            ):
+            if self.homes[index] != device:
                 break
 
     def ahead(self, index: int) -> RecurrentGraph | None:
