@@ -25,16 +25,8 @@ from moelocal.model.steps import Route, Style, add, add_up, ask_router, attend, 
 CPU = "CPU"
 _INDEX_BYTES, _PLACE_BYTES = 4, 8  # a token's number or position; its place in a cache
 _ROTATED = 64  # values of a quantized cache at once; of keys, more
-_ALL_TO_THE_END = (
-    "bailingmoe3",
-    "cohere2moe",
-    "gemma4",
-    "gpt-oss",
-    "hy_v3",
-    "qwen35moe",
-    "qwen3next",
-    "step35",
-)  # whose last layer computes all tokens, wanted or not
+# whose last layer computes all tokens; in others only those go through its FFN whose logits are asked for
+_ALL_TO_THE_END = ("bailingmoe3", "cohere2moe", "gemma4", "gpt-oss", "hy_v3", "qwen35moe", "qwen3next", "step35")
 
 
 class Work(NamedTuple):
@@ -117,32 +109,24 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
     out = replay.like(stream)
     replay.free(result)
     stream = add(replay, stream, out, layer.adds_to_input[0])
-    if (
-        index == len(layers) - 1 and facts.graph.arch not in _ALL_TO_THE_END
-    ):  # only tokens whose logits are wanted go on
+    if index == len(layers) - 1 and facts.graph.arch not in _ALL_TO_THE_END:
         replay.n_tokens = min(inputs.work.n_outputs, replay.n_tokens)
-    after = inputs.after(index)
-    finish = after if device == CPU and not layer.has_output_scale else device
-    route = Route(
-        home,
-        finish,
-        partial(inputs.arrive, index + 1, finish),
-        partial(inputs.recall, index + 1),
-        inputs.ahead(index + 1) is not None,
-    )
-    stream = feed_forward(replay, layer, route, stream, router)
+    stream = feed_forward(replay, layer, inputs.route(index), stream, router)
     if routed:
         replay.free(stream)
         stream = routed
     return stream
 
 
-class _Input(NamedTuple):
-    """An input of the graph; caches with another window have their own."""
+_Kind = Literal["states", "positions", "scales", "rotation", "keys", "values", "mask", "outputs"]
 
-    kind: Literal["states", "positions", "scales", "rotation", "keys", "values", "mask", "outputs"]
+
+class _Input(NamedTuple):
+    """An input of the graph; each window's cache has its own."""
+
+    kind: _Kind
     window: int | None = None
-    length: int = 0  # of a rotation's rows
+    length: int = 0  # of a row of the keys' rotation
 
 
 def _needs(layer: LayerFacts, steps: LayerGraph, is_quantized: bool) -> list[_Input]:
@@ -155,10 +139,12 @@ def _needs(layer: LayerFacts, steps: LayerGraph, is_quantized: bool) -> list[_In
         names = [_Input("scales")]
     for cache in layer.caches[:1]:
         head = attention.out // max(1, attention.n_head)
-        if is_quantized and not attention.latent and head % _ROTATED == 0:  # keys by the greatest power of two in it
-            lengths = (head & -head, 0)
-            names += [_Input("rotation", cache.window, length) for length in lengths]
-        kinds = ("keys", "mask") if attention.latent else ("keys", "values", "mask")  # latent keys hold the values
+        if is_quantized and not attention.latent and head % _ROTATED == 0:
+            greatest = head & -head  # power of two in it: keys are rotated by that
+            names += [_Input("rotation", cache.window, length) for length in (greatest, 0)]
+        kinds: tuple[_Kind, ...] = ("keys", "values", "mask")
+        if attention.latent:  # keys hold the values
+            kinds = ("keys", "mask")
         names += [_Input(kind, cache.window) for kind in kinds]
     return names
 
@@ -180,7 +166,7 @@ class _Inputs:
         layers = zip(facts.layers, graph.layers, strict=True)
         self.needs = [_needs(layer, steps, self.is_quantized) for layer, steps in layers]
         self.needs.append([])
-        self.needs[-1 if graph.arch in _ALL_TO_THE_END else -2].append(_Input("outputs"))
+        self.needs[max(0, len(self.where.layers) - (graph.arch not in _ALL_TO_THE_END))].append(_Input("outputs"))
         self.last = {name: device for needs, device in zip(self.needs, self.devices, strict=True) for name in needs}
         self.past: Tensor | None = None  # of the next layer's convolution
         tokens = replay.take(CPU, replay.n_tokens * _INDEX_BYTES)
@@ -193,6 +179,13 @@ class _Inputs:
     def after(self, index: int) -> str:
         """The device that goes on after a layer."""
         return self.devices[index + 1]
+
+    def route(self, index: int) -> Route:
+        """Where a layer's experts are, and where it ends."""
+        device, scales = self.devices[index], self.facts.graph.layers[index].has_output_scale
+        finish = self.after(index) if device == CPU and not scales else device
+        gather, is_pulled = partial(self.recall, index + 1), self.ahead(index + 1) is not None
+        return Route(self.where.experts[index], finish, partial(self.arrive, index + 1, finish), gather, is_pulled)
 
     def signs(self) -> list[object]:
         """For each layer what its steps depend on: equal ones do the same."""

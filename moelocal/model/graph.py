@@ -62,9 +62,14 @@ class RecurrentGraph(NamedTuple):
 
 
 class LayerGraph(NamedTuple):
-    """Values per token of one layer. `ff`: of one expert; `n_experts` is 0 in a dense layer. `before_output`: what of
-    the FFN runs before attention's output projection, because it starts from the layer's input. `adds_to_input`:
-    the residual after attention, and after the FFN, takes the input's place instead of the addend's."""
+    """Values per token of one layer.
+
+    `ff`: of one expert; `n_experts` is 0 in a dense layer. `weighing`: how the chosen experts' scores become weights;
+    `is_weighed_first`: weights go into the experts. `groups`: of experts, and those chosen. `adds_to_input`: the
+    residual after attention, and after the FFN, takes the input's place instead of the addend's. `before_output`: what
+    of the FFN runs before attention's output projection, because it starts from the layer's input. `has_...`: a norm of
+    the router's own; a scale of each expert's output; one of the layer's.
+    """
 
     n_embd: int
     attention: AttentionGraph | None

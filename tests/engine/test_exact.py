@@ -18,7 +18,11 @@ from tests.model.real_numbers import REAL
 from tests.workers import worker
 
 N_CTX = 16384
-PLACED = ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "glm-4.5-air", "lfm2-8b-a1b", "gemma-4-26b-a4b"]
+ROW = 1 << 20  # logits, which llama.cpp's log counts with the CPU's buffer: not more than this
+PLACED = [
+    "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "deepseek-v2", "glm-4.5-air", "lfm2-8b-a1b",
+    "gemma-4-26b-a4b", "granite-4-h-small", "llama-4-scout", "qwen3-next-80b-a3b", "ling-mini-2.0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_everything_on_the_cpu(name: str, tmp_path: Path) -> None:
     found = exact_memory([sparse(name, tmp_path)], plan_for(None))
     assert list(found) == ["CPU"] and found["CPU"].kv_bytes == kv_bytes(facts, N_CTX)
     estimate = compute_bytes(facts, Work(N_CTX), Where.all_on("CPU", len(facts.layers)))["CPU"]
-    assert estimate == pytest.approx(found["CPU"].compute_bytes, rel=0.1)
+    assert estimate == pytest.approx(found["CPU"].compute_bytes, rel=0.005, abs=ROW)
 
 
 @pytest.mark.parametrize("name", PLACED)
@@ -60,8 +64,8 @@ def test_layers_on_a_device_and_experts_apart(name: str, endpoint: str, tmp_path
         estimate = compute_bytes(facts, Work(N_CTX), Where(layers, experts, "RPC0"))
         cached = sum(layer.kv_bytes(N_CTX) for layer, home in zip(facts.layers, layers, strict=True) if home == "RPC0")
         assert (found["RPC0"].kv_bytes, found["CPU"].kv_bytes) == (cached, kv_bytes(facts, N_CTX) - cached)
-        assert estimate["RPC0"] == pytest.approx(found["RPC0"].compute_bytes, rel=0.1)
-        assert estimate["CPU"] == pytest.approx(found["CPU"].compute_bytes, rel=0.05)
+        assert estimate["RPC0"] == pytest.approx(found["RPC0"].compute_bytes, rel=0.005)
+        assert estimate["CPU"] == pytest.approx(found["CPU"].compute_bytes, rel=0.005, abs=ROW)
 
 
 def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
