@@ -97,6 +97,7 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
         result = recur(replay, layer.recurrent, device, stream, inputs.past)
     else:
         result = replay.like(stream)
+    inputs.release(index)
     if not layer.n_experts:
         inputs.recall(index + 1)
     router = ask_router(replay, layer, stream) if layer.before_output == "router" else None
@@ -108,9 +109,10 @@ def _layer(inputs: _Inputs, stream: Tensor, index: int) -> Tensor:
         result = replay.replace(result)  # rotated back
     out = replay.like(stream)
     replay.free(result)
-    stream = add(replay, stream, out, layer.adds_to_input[0])
     if index == len(layers) - 1 and facts.graph.arch not in _ALL_TO_THE_END:
         replay.n_tokens = min(inputs.work.n_outputs, replay.n_tokens)
+        out, stream = inputs.narrow(out), inputs.narrow(stream)
+    stream = add(replay, stream, out, layer.adds_to_input[0])
     stream = feed_forward(replay, layer, inputs.route(index), stream, router)
     if routed:
         replay.free(stream)
@@ -167,12 +169,15 @@ class _Inputs:
         self.needs = [_needs(layer, steps, self.is_quantized) for layer, steps in layers]
         self.needs.append([])
         self.needs[max(0, len(self.where.layers) - (graph.arch not in _ALL_TO_THE_END))].append(_Input("outputs"))
-        self.last = {name: device for needs, device in zip(self.needs, self.devices, strict=True) for name in needs}
+        places = list(enumerate(zip(self.devices, self.needs, strict=True)))
+        self.last = {(device, name): index for index, (device, needs) in places for name in needs}
+        self.waiting: dict[_Input, set[str]] = {}  # devices that have yet to get an input, or to use the CPU's
+        for device, name in self.last:
+            self.waiting.setdefault(name, set()).add(device)
         self.past: Tensor | None = None  # of the next layer's convolution
         tokens = replay.take(CPU, replay.n_tokens * _INDEX_BYTES)
         replay.new(CPU, graph.n_embd)  # the input for tokens that come as embeddings
-        names = dict.fromkeys(name for needs in self.needs for name in needs)
-        self.here = {(CPU, name): replay.take(CPU, self._n_bytes(name)) for name in names}
+        self.here = {(CPU, name): replay.take(CPU, self._n_bytes(name)) for name in self.waiting}
         self.stream = replay.new(CPU, graph.n_embd)
         replay.free(tokens)
 
@@ -193,7 +198,7 @@ class _Inputs:
         signs: list[object] = []
         for index, (layer, graph, device, home) in enumerate(layers):
             is_last = index == len(self.where.layers) - 1
-            follows = self.after(index), self.ahead(index + 1)
+            follows = self.after(index), self.ahead(index + 1), tuple(self._ends(index))
             signs.append((graph, layer.caches[:1], bool(layer.n_experts), device, home, follows, is_last))
         return signs
 
@@ -211,12 +216,27 @@ class _Inputs:
         return n_tokens * _PLACE_BYTES * (self.v if is_transposed else 1)
 
     def copy(self, device: str, names: Iterable[_Input]) -> None:
-        """Makes sure that the device has these inputs; the last device that needs one frees the CPU's."""
+        """Makes sure that the device has these inputs."""
         for name in names:
             if (device, name) not in self.here:
                 self.here[device, name] = self.replay.take(device, self._n_bytes(name))
-                if device == self.last[name]:
-                    self.replay.free(self.here[CPU, name])
+                self._leave(name, device)
+
+    def release(self, index: int) -> None:
+        """Frees what no later layer on a layer's device needs."""
+        for name in self._ends(index):
+            if self.devices[index] == CPU:
+                self._leave(name, CPU)
+            else:
+                self.replay.free(self.here[self.devices[index], name])
+
+    def _ends(self, index: int) -> list[_Input]:
+        return [name for name in self.needs[index] if self.last[self.devices[index], name] == index]
+
+    def _leave(self, name: _Input, device: str) -> None:
+        self.waiting[name].discard(device)
+        if not self.waiting[name]:
+            self.replay.free(self.here[CPU, name])
 
     def copy_from(self, start: int, device: str) -> None:
         """What a device gets together: for its layers from this one on, until another one computes in between."""
@@ -245,6 +265,12 @@ class _Inputs:
         if steps:
             self.copy(self.devices[index], self.needs[index])
             self.past = recall(self.replay, steps, self.devices[index])
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """Of a tensor only the tokens that go on."""
+        narrowed = self.replay.new(tensor.device, self.facts.graph.n_embd)
+        self.replay.free(tensor)
+        return narrowed
 
     def style(self, layer: LayerFacts) -> Style:
         """How a layer attends."""
