@@ -117,6 +117,7 @@ def rpc_table(facts: dict[str, ModelFacts]) -> Iterator[str]:
                 )  # fmt: skip
                 theirs = exact_memory([path], plan, [f"127.0.0.1:{port}"])
                 ours = compute_bytes(model, Work(16384), where)
+                ours["CPU"] += 4 * model.graph.n_vocab  # the logits' row, which `exact_memory` counts as the log does
                 for device in ("RPC0", "CPU"):
                     found = theirs[device].compute_bytes
                     cells.append(f"{ours[device] / MIB:.0f} / {found / MIB:.0f}")
