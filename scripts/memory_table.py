@@ -9,6 +9,7 @@ and experts on different devices: a worker on this machine stands for a GPU. Abo
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -127,7 +128,8 @@ def rpc_table(facts: dict[str, ModelFacts]) -> Iterator[str]:
     far = [(error, what) for error, what in errors if abs(error) > 10]
     exact = sum(abs(error) < 0.5 for error, _ in errors)
     near = len(errors) - len(far)
-    yield f"\n{exact} of {len(errors)} figures within 0.5 %, {near} within 10 %, all within {worst:.1f} MiB."
+    within = math.ceil(worst * 10) / 10
+    yield f"\n{exact} of {len(errors)} figures within 0.5 %, {near} within 10 %, all within {within} MiB."
     yield from (f"{error:+.1f} % ({what})" for error, what in far)
 
 
