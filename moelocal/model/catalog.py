@@ -277,6 +277,10 @@ def _layer_shapes(arch: str, g: Geometry, layer: int) -> Shapes:
     is_dense = layer < g.n_dense_layers or (layer + 1) % g.moe_step != 0
     if is_dense or arch == "gemma4":  # whose dense FFN runs beside the experts
         yield from _ffn_shapes(g.n_embd, g.n_ff_dense, "")
+    if arch == "gemma4":
+        yield "ffn_gate_inp.scale", (g.n_embd,)
+        yield "ffn_down_exps.scale", (g.n_experts,)
+        yield "layer_output_scale.weight", (1,)
     if not is_dense:
         yield from _expert_shapes(arch, g)
 

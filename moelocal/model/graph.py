@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from moelocal.model.header import GGUFHeader, TensorInfo
 
 _BEFORE_OUTPUT: dict[str, Literal["router", "experts"]] = {"arctic": "experts", "smallthinker": "router"}
+# whose weights of the chosen experts need not add up to one
+_UNNORMED = ("deepseek", "jamba", "llada-moe", "llama4", "nomic-bert-moe", "olmoe", "qwen2moe")
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(.+?)(?:\.weight)?")
 Shapes = Mapping[str, tuple[int, ...]]  # of one layer's tensors, by name without `blk.N.` and `.weight`
@@ -21,7 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # of one layer's tensors, by name withou
 class AttentionGraph(NamedTuple):
     """Values per token of one attention layer: queries as projected (with their gates, if any), keys, values, and the
     result before the output projection. `has_rope`: positions turn queries and keys. `latent`: MLA's (queries'
-    bottleneck, rotary part of a key, latent values)."""
+    bottleneck, rotary part of a key, latent values). `values`: as projected, or normed, or normed from the keys.
+    `is_scaled`: queries by their positions, instead of turned."""
 
     n_head: int
     q: int
@@ -31,6 +34,8 @@ class AttentionGraph(NamedTuple):
     is_fused: bool = False
     has_rope: bool = True
     latent: tuple[int, int, int] | None = None  # q_rank, rope, kv_rank
+    values: Literal["own", "normed", "keys"] = "own"
+    is_scaled: bool = False
 
 
 class RecurrentGraph(NamedTuple):
@@ -45,11 +50,26 @@ class RecurrentGraph(NamedTuple):
     kernel: int
     n_heads: int = 0
 
+    @property
+    def past(self) -> int:
+        """Values that the convolution remembers."""
+        return (self.kernel - 1) * self.conv
+
+    @property
+    def is_ahead(self) -> bool:
+        """They are gathered before the layer's input is finished."""
+        return not self.keys
+
 
 class LayerGraph(NamedTuple):
-    """Values per token of one layer. `ff`: of one expert; `n_experts` is 0 in a dense layer. `before_output`: what of
-    the FFN runs before attention's output projection, because it starts from the layer's input. `adds_to_input`:
-    the residual after attention, and after the FFN, takes the input's place instead of the addend's."""
+    """Values per token of one layer.
+
+    `ff`: of one expert; `n_experts` is 0 in a dense layer. `weighing`: how the chosen experts' scores become weights;
+    `is_weighed_first`: weights go into the experts. `groups`: of experts, and those chosen. `adds_to_input`: the
+    residual after attention, and after the FFN, takes the input's place instead of the addend's. `before_output`: what
+    of the FFN runs before attention's output projection, because it starts from the layer's input. `has_...`: a norm of
+    the router's own; a scale of each expert's output; one of the layer's.
+    """
 
     n_embd: int
     attention: AttentionGraph | None
@@ -61,11 +81,16 @@ class LayerGraph(NamedTuple):
     n_used: int
     is_gate_up_fused: bool
     has_probs_bias: bool
+    weighing: Literal["plain", "normed", "softmax"]
     is_scaled: bool
     is_weighed_first: bool
+    groups: tuple[int, int]
     adds_to_input: tuple[bool, bool]
     before_output: Literal["nothing", "router", "experts"]
     is_shared_gated: bool
+    has_router_norm: bool
+    has_expert_scale: bool
+    has_output_scale: bool
 
 
 class GraphFacts(NamedTuple):
@@ -129,12 +154,23 @@ def _layer(keys: _Keys, index: int, shapes: Shapes, n_used: int, n_embd: int) ->
         n_used=min(n_used, n_experts),
         is_gate_up_fused=is_fused,
         has_probs_bias="exp_probs_b.bias" in shapes or "exp_probs_b" in shapes,
+        weighing=_weighing(keys),
         is_scaled=keys.metadata.get(f"{keys.arch}.expert_weights_scale", 1.0) not in (0.0, 1.0),
         is_weighed_first=keys.arch == "llama4",
+        groups=(keys.number("expert_group_count", index), keys.number("expert_group_used_count", index)),
         adds_to_input=(is_lfm or bool(recurrent and recurrent.keys), is_lfm),
         before_output=_BEFORE_OUTPUT.get(keys.arch, "nothing") if n_experts else "nothing",
         is_shared_gated="ffn_gate_inp_shexp" in shapes,
+        has_router_norm="ffn_gate_inp.scale" in shapes,
+        has_expert_scale="ffn_down_exps.scale" in shapes,
+        has_output_scale="layer_output_scale" in shapes,
     )
+
+
+def _weighing(keys: _Keys) -> Literal["plain", "normed", "softmax"]:
+    if keys.arch == "gpt-oss":
+        return "softmax"
+    return "normed" if keys.metadata.get(f"{keys.arch}.expert_weights_norm", keys.arch not in _UNNORMED) else "plain"
 
 
 def _width(shapes: Shapes, name: str) -> int:
@@ -159,11 +195,13 @@ def _attention(keys: _Keys, index: int, shapes: Shapes, n_embd: int) -> Attentio
     if "attn_qkv" in shapes:
         kv = max(0, _width(shapes, "attn_qkv") - out) // 2
         return AttentionGraph(n_head, out, kv, kv, out, is_fused=True)
-    k = _width(shapes, "attn_k")
+    q, k, v = (_width(shapes, name) for name in ("attn_q", "attn_k", "attn_v"))
+    if keys.arch == "gemma4":
+        return AttentionGraph(n_head, q, k, v or k, out, values="normed" if v else "keys")
+    if keys.arch == "llama4" and index % 4 == 3:
+        return AttentionGraph(n_head, q, k, v, out, has_rope=False, is_scaled=True)
     is_still = keys.arch == "smallthinker" and keys.number("attention.sliding_window", index) > 0 and index % 4 == 0
-    return AttentionGraph(
-        n_head, _width(shapes, "attn_q"), k, _width(shapes, "attn_v") or k, out, has_rope=not is_still
-    )
+    return AttentionGraph(n_head, q, k, v or k, out, has_rope=not is_still)
 
 
 def _recurrent(keys: _Keys, index: int, shapes: Shapes, n_embd: int) -> RecurrentGraph | None:

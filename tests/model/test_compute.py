@@ -32,6 +32,28 @@ def test_devices_of_a_placement_and_no_other() -> None:
     assert alone["CPU"] < sizes["CPU"] < alone["GPU0"] + alone["CPU"]  # the experts' part moved to the CPU
 
 
+@pytest.mark.parametrize(
+    ("name", "half_of_the_layers_mib", "experts_in_ram_mib"),
+    [
+        ("granite-4-h-small", 175.02, 192.03),  # masks that arrive in the middle; convolutions' pasts, gathered ahead
+        ("granite-4-h-tiny", 67.01, 60.56),
+        ("gemma-4-26b-a4b", 113.52, 80.51),
+        ("llama-4-scout", 112.52, 112.52),
+    ],
+)
+def test_a_devices_buffer_is_what_llama_cpp_takes(
+    name: str, half_of_the_layers_mib: float, experts_in_ram_mib: float
+) -> None:
+    facts = read_facts(REAL[name]().header)
+    n = len(facts.layers)
+    here, there = ("CPU",) * n, ("GPU0",) * n
+    half = ("CPU",) * (n - n // 2) + ("GPU0",) * (n // 2)
+    sizes = compute_bytes(facts, Work(16384), Where(half, half, "GPU0"))
+    assert sizes["GPU0"] / (1 << 20) == pytest.approx(half_of_the_layers_mib, abs=0.01)
+    sizes = compute_bytes(facts, Work(16384), Where(there, here, "GPU0"))
+    assert sizes["GPU0"] / (1 << 20) == pytest.approx(experts_in_ram_mib, abs=0.01)
+
+
 def test_no_more_tokens_than_the_context_holds() -> None:
     facts = read_facts(REAL["olmoe-1b-7b"]().header)
     where = Where.all_on("CPU", len(facts.layers))
@@ -48,8 +70,10 @@ def test_shapes_that_make_no_sense_break_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3-235b-a22b", "gpt-oss-20b", "qwen3-next-80b-a3b", "granite-4-h-tiny", "glm-4.5"]
-)
+    "name",
+    ["qwen3-235b-a22b", "gpt-oss-20b", "qwen3-next-80b-a3b", "granite-4-h-tiny", "glm-4.5", "gemma-4-26b-a4b",
+     "llama-4-scout", "lfm2-8b-a1b"],
+)  # fmt: skip
 def test_skipping_layers_that_repeat_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = read_facts(REAL[name]().header)
     n = len(facts.layers)
