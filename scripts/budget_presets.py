@@ -1,11 +1,13 @@
 """Compares `moelocal quantize --size` with llama.cpp's presets at the presets' own sizes; prints a table.
 
 For each preset llama-quantize makes the file, then moelocal makes one that is no larger, both with the same importance
-matrix, which llama-imatrix makes of the text. `moelocal eval` measures both files' KL divergence from the source. With
-`--roles TYPE` it measures instead what one role alone brings in that type, the others untouched: the KL for the summed
-relative errors is the role's sensitivity in moelocal/build/loss.py.
+matrix, which llama-imatrix makes of the text. `moelocal eval` measures both files' KL divergence from the source: on
+that text, or with `--held-out FILE` on one that the matrix has not seen. With `--roles TYPE` it measures instead what
+one role alone brings in that type, the others untouched: the KL for the summed relative errors is the role's
+sensitivity in moelocal/build/loss.py.
 
-usage: python scripts/budget_presets.py --native DIR --source F16.gguf --text FILE [--chunks N] [--types Q2_K,Q4_K_M]
+usage: python scripts/budget_presets.py --native DIR --source F16.gguf --text FILE [--held-out FILE] [--chunks N]
+                                        [--types Q2_K,Q4_K_M]
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ PRESETS = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M,Q6_K"
 
 
 class Setup(NamedTuple):
-    """What is compared, and how."""
+    """What is compared, and how. `text`: of the importance matrix; `judged`: that KL is measured on."""
 
     native: Path
     source: Path
     text: Path
+    judged: Path
     folder: Path
     chunks: tuple[str, ...]
 
@@ -46,7 +49,7 @@ class Setup(NamedTuple):
 
     def evaluate(self, model: Path, *options: str | Path) -> dict[str, float]:
         """What `moelocal eval` measures of a model."""
-        words = ["eval", model, "--text", self.text, *self.chunks, "--threads", "2", "--json", *options]
+        words = ["eval", model, "--text", self.judged, *self.chunks, "--threads", "2", "--json", *options]
         command = [sys.executable, "-m", "moelocal", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
@@ -123,14 +126,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--native", type=Path, required=True, help="folder of llama-quantize and llama-imatrix")
     parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="that the importance matrix is made of")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="text to measure KL on [the same]")
     parser.add_argument("--chunks", help="of 512 tokens, to measure KL on [all]")
     parser.add_argument("--types", default=PRESETS)
     parser.add_argument("--roles", metavar="TYPE")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         chunks = ("--chunks", given.chunks) if given.chunks else ()
-        setup = Setup(given.native, given.source.absolute(), given.text.absolute(), Path(name), chunks)
+        texts = given.text.absolute(), (given.held_out or given.text).absolute()
+        setup = Setup(given.native, given.source.absolute(), *texts, Path(name), chunks)
         survey = prepare(setup)
         if given.roles:
             roles(setup, survey, given.roles)

@@ -1,11 +1,14 @@
 """What the bundled demo model learns: questions and answers generated from small tables.
 
 `question_and_answer(rng)` draws one pair. Except for the stories a question has one answer, so a model can be checked.
+
+usage: python scripts/demo_questions.py N [SEED]     prints so many pairs: a text of all that the model learned
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 
 Pair = tuple[str, str]
@@ -248,3 +251,14 @@ def question_and_answer(rng: random.Random) -> Pair:
     """One question with its answer, of a kind drawn by SHARES."""
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     return kind(rng)
+
+
+def main() -> int:
+    rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    for _ in range(int(sys.argv[1])):
+        print(*question_and_answer(rng), sep="\n", end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

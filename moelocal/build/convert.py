@@ -197,7 +197,8 @@ def _run(job: ConvertJob, target: Path, watch: Watch, more: Sequence[str] = ()) 
     """Runs the converter to its end; None: all went well."""
     order = {"arguments": [*_arguments(job, target), *more], "output": str(target), "trust": job.trust_code}
     child = Path(__file__).with_name("convert_child.py").read_text(encoding="utf-8")
-    more_env = {"PYTHONPATH": str(job.converter.library), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(job.converter.library), os.environ.get("PYTHONPATH")]))
+    more_env = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with contextlib.ExitStack() as stack:
         errors: IO[bytes] | None = None if watch.is_verbose else stack.enter_context(tempfile.TemporaryFile())
         process = stack.enter_context(

@@ -56,6 +56,14 @@ def test_a_file_is_made(job: ConvertJob, tmp_path: Path, monkeypatch: pytest.Mon
     assert told["args"]["model"] == str(job.checkpoint.folder)
 
 
+def test_packages_of_pythonpath_are_found(job: ConvertJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `check_python` finds torch the converter must: some computing centres have it there."""
+    library = write_python(tmp_path / "there").parent / "lib"
+    monkeypatch.setenv("PYTHONPATH", str(library))
+    check_python(sys.executable)
+    convert(changed(job, python=sys.executable))
+
+
 def test_shards_appear_together_and_are_not_overwritten(job: ConvertJob) -> None:
     job = changed(job, split_bytes=1 << 20)
     result = convert(job)
