@@ -233,8 +233,9 @@ class _Probe:
             raise _Late
 
     def _read_base(self, found: _Found, model: ProbeModel) -> Reading:
+        """Of the deeper model with experts hops too: it has more of them against the same noise."""
         reading = self._read(model, self._where(found.device))
-        if found.device.kind != "cpu" and model.by_expert and model.n_layers == _BASE_DEPTHS[0]:
+        if found.device.kind != "cpu" and model.by_expert and model.n_layers == _BASE_DEPTHS[-1]:
             apart = Where(found.device.name, _CPU, self._machine.cpu.cores)
             more_s = self._read(model, apart, ()).decode_s - reading.decode_s
             self._hops.append(max(1e-6, more_s / (2 * model.n_layers)))
