@@ -106,12 +106,17 @@ def write_converter(folder: Path, gguf: bytes = GGUF) -> Path:
     return folder
 
 
-def write_python(folder: Path, modules: Sequence[str] = ("torch", "transformers", "safetensors", "yaml")) -> Path:
-    """A Python that has what the converter imports, or the like."""
+_IMPORTED = ("torch", "transformers", "safetensors", "yaml")
+
+
+def write_python(folder: Path, modules: Sequence[str] = _IMPORTED) -> Path:
+    """A Python that has the like of some modules that the converter imports, and none of the others."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lib").mkdir(exist_ok=True)
     for name in modules:
         (folder / "lib" / f"{name}.py").write_text(_TRANSFORMERS if name == "transformers" else "")
+    absent = dict.fromkeys(set(_IMPORTED) - set(modules))
+    (folder / "lib" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({absent})\n")
     path = folder / "python"
     path.write_text(f'#!/bin/sh\nPYTHONPATH="{folder / "lib"}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
     os.chmod(path, 0o755)
