@@ -37,7 +37,7 @@ def evaluate(*args: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def native(perplexity: float) -> dict[str, Any]:
-    """What llama-perplexity printed with the kernels nearest to this processor's, by the demo's perplexity (0.2 % apart)."""
+    """What llama-perplexity printed with the kernels nearest to this processor's, going by the demo's perplexity."""
     figures: dict[str, Any] = min(NATIVE, key=lambda one: abs(one["demo"]["perplexity"] - perplexity))
     return figures
 
