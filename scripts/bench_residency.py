@@ -7,8 +7,9 @@ and ends with a run in RAM, without a limit: the ratio if nothing had to be read
 for all), so routers choose as the file's weights have it: `make_synthetic.py --skew 0` for the worst case, `--skew 1`
 for choices that repeat as those of trained models do.
 
-A run computes a prompt, then single tokens of which the first do not count. `bytes` are what the process had read from
-the disk. The bound is the disk's: bytes per token of our run / the disk's fastest speed. The last column says whether
+A run computes a prompt, while hardly any expert is in RAM, then single tokens of which the first do not count, then
+another prompt of the same length, which finds in RAM what stayed there. `bytes` are what the process had read from the
+disk. The bound is the disk's: bytes per token of our run / the disk's fastest speed. The last column says whether
 all computed the same logits in the end.
 
 With `--soak MINUTES`, instead: prompts and tokens in turns for so long, ours only, and what the control group counted.
@@ -44,7 +45,7 @@ READ_BYTES = 1 << 20
 IN_FLIGHT = (1, 2, 4, 8, 16)
 COLUMNS = (
     "limit", "held", "decode: plain", "ours", "ratio", "in RAM", "MB per token: plain", "ours",
-    "of the disk's bound", "prefill ratio", "in RAM", "first token ratio", "same logits",
+    "of the disk's bound", "prompt ratio", "in RAM", "next prompt ratio", "in RAM", "first token ratio", "same logits",
 )  # fmt: skip
 
 
@@ -95,12 +96,20 @@ def child(path: Path, how: str, sizes: Sizes, started: float) -> dict[str, Any]:
         open_session.evaluate(tokens[-sizes.n_tokens :], one_by_one=True)
         seconds, n_bytes = time.monotonic() - start, read_bytes() - before
         logits = llama.api().llama_get_logits_ith(open_session._context, -1)[:n_vocab]
+        open_session.rewind(0)
+        noise.shuffle(tokens)
+        again, again_bytes = time.monotonic(), read_bytes()
+        open_session.evaluate(tokens[: sizes.n_prompt])
+        again, again_bytes = time.monotonic() - again, read_bytes() - again_bytes
+        logits += llama.api().llama_get_logits_ith(open_session._context, -1)[:n_vocab]
         residency = open_session.residency
         return {
             "decode_per_s": sizes.n_tokens / seconds,
             "bytes_per_token": n_bytes / sizes.n_tokens,
             "prefill_s": prompted - loaded,
             "prefill_bytes": prompted_bytes - loaded_bytes,
+            "next_prefill_s": again,
+            "next_prefill_bytes": again_bytes,
             "first_token_s": prompted - started,
             "held_bytes": residency.held_bytes if residency else 0,
             "logits": hashlib.sha256(repr(logits).encode()).hexdigest(),
@@ -238,6 +247,8 @@ def compare(path: Path, share: int, sizes: Sizes, n_pairs: int) -> str:
         f"{statistics.median(bound):.0f} %",
         ratio(OURS, "prefill_s", -1),
         ratio(IN_RAM, "prefill_s", -1),
+        ratio(OURS, "next_prefill_s", -1),
+        ratio(IN_RAM, "next_prefill_s", -1),
         ratio(OURS, "first_token_s", -1),
         "yes" if all(len({run["logits"] for run in found.values() if run}) == 1 for found, _ in pairs) else "NO",
     )
