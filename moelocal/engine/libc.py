@@ -10,7 +10,8 @@ import mmap
 from functools import lru_cache
 from typing import Any
 
-DONT_NEED, PAGE_OUT, HUGE_PAGE, POPULATE_WRITE = 4, 21, 14, 23  # of madvise, Linux
+NORMAL, RANDOM, DONT_NEED, HUGE_PAGE, COLD = 0, 1, 4, 14, 20  # of madvise, Linux
+PAGE_OUT, POPULATE_READ, POPULATE_WRITE = 21, 22, 23
 PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -18,7 +19,7 @@ PAGE_BYTES = mmap.PAGESIZE
 def libc() -> Any:
     """The handle; not on Windows."""
     handle = ctypes.CDLL(None, use_errno=True)
-    for name in ("mlock", "munlock"):
+    for name in ("mlock", "munlock", "munmap"):
         getattr(handle, name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     for name in ("madvise", "mprotect"):
         getattr(handle, name).argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -27,13 +27,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelocal.engine import mapped
 from moelocal.engine.expert_cache import Expert, ExpertCache, ResidencyStats, replaced
-from moelocal.engine.libc import DONT_NEED, PAGE_BYTES, libc
 from moelocal.engine.nodes import I32, NAME_AT, NodeReader, Tensor
+from moelocal.engine.pages import Pages, joined
 from moelocal.engine.readahead import Piece, ReadAhead, fetch
 from moelocal.errors import MoelocalError
 from moelocal.machine.memory import read_ram
@@ -64,8 +64,9 @@ class Residency(NodeReader):
     def __init__(self, paths: Sequence[Path], header: GGUFHeader, plan: Plan) -> None:
         super().__init__()
         self.stats = ResidencyStats()
-        self._paths, self._plan = paths, plan
+        self._plan = plan
         self._ahead = ReadAhead(paths)
+        self._pages = Pages(paths, self._ahead)
         self._always = [one for ranges in _layers_first(always_used(header)) for one in ranges]
         stacks = {layer: found for layer, found in expert_stacks(header).items() if _is_in_ram(plan, layer)}
         self._order = list(stacks)
@@ -85,12 +86,11 @@ class Residency(NodeReader):
         self._lock = threading.Lock()  # of the cache and of `_passing`
         self._passing: dict[int, list[int]] = {}  # by layer, experts read for the batch that runs
         self._blind: dict[int, list[int]] = {}  # by layer, experts that were read for no other reason than free memory
-        self._read_ahead: set[int] = set()  # layers of it that were, or are being, read before they chose
+        self._coming: dict[int, threading.Event] = {}  # layers of it that are read before they chose; set: are there
         self._most_bytes, self._locked_bytes = 0, 0
         self._taken_bytes = 0  # by the system, of late: it holds other things dearer than ours
         self._ram = next((use for use in plan.per_device if use.kind == "cpu"), None)
         self._to_come_bytes = self._ram.kv_bytes + self._ram.compute_bytes if self._ram else 0  # of the context
-        self._maps: list[list[mapped.Mapping]] = []
         self._middles: dict[int, list[int | None]] = {}  # a page inside of each expert's last tensor
         self._is_asked = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -101,20 +101,18 @@ class Residency(NodeReader):
     def start(self, hottest: Callable[[int], Sequence[int]] | None = None) -> None:
         """After the load: reads what every token uses, and locks it as far as the system allows; from then on experts
         until the first batch comes. `hottest`: a layer's experts, the most used first, if that is known."""
-        self._maps = [mapped.mappings(path) for path in self._paths]
-        self._middles = {
-            layer: [self._address(ranges[-1], 0.5) for ranges in experts] for layer, experts in self._ranges.items()
-        }
-        if any(self._maps):  # what is not mapped any more went to a GPU
-            self._always = [one for one in self._always if self._address(one) is not None]
+        for layer, experts in self._ranges.items():
+            self._middles[layer] = [self._pages.address(ranges[-1], 0.5) for ranges in experts]
+        if self._pages.is_mapped:  # what is not mapped any more went to a GPU
+            self._always = [one for one in self._always if self._pages.address(one) is not None]
         for one in self._always:
             fetch(self._ahead.pieces(*one))
         for one in self._always:
-            address = self._address(one)
-            if address is None or libc().mlock(address, one.n_bytes):
+            if not self._pages.lock(one):
                 break  # what is not locked stays by being used for every token
             self._locked_bytes += one.n_bytes
         self._limit()
+        self._pages.use_blocks(run for experts in self._ranges.values() for run in joined(chain(*experts)))
         self._thread.start()
         self._jobs.put(lambda: self._warm(hottest))
 
@@ -124,6 +122,7 @@ class Residency(NodeReader):
         if self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join()
+        self._pages.close()
         self._ahead.close()
 
     def _limit(self) -> None:
@@ -235,11 +234,11 @@ class Residency(NodeReader):
         if at == 0:
             left_over = list(self._passing)  # of a prompt that was stopped
             self._cache.now += n_tokens
-            self._read_ahead.clear()
+            self._coming.clear()
             self._jobs.put(lambda: self._begin_scan(left_over))
-        if layer not in self._read_ahead:
-            self._pass(layer, chosen)
-        self._read_ahead.discard(layer)
+        coming = self._coming.pop(layer, None)
+        if coming is None:
+            self._request(layer, self._pass(layer, chosen))
         before, after = self._order[max(0, at - 1) : at], self._order[at + 1 : at + 2]
         if self._plan.n_outputs == 1 and after == self._order[-1:]:
             after = []  # the last layer computes the last token only, and asks for its experts itself
@@ -248,11 +247,15 @@ class Residency(NodeReader):
             self._keep(layer, chosen, n_tokens)
             for done in before:
                 self._let_pass(done)
-            for coming in after:
-                self._pass(coming, range(len(self._pieces[coming])))
+            for ahead, is_there in expected.items():
+                self._read_runs(ahead, self._pass(ahead, range(len(self._pieces[ahead]))))
+                is_there.set()
 
-        self._read_ahead.update(after)
+        expected = {ahead: threading.Event() for ahead in after}
+        self._coming.update(expected)
         self._jobs.put(next_one)
+        while coming is not None and self._pages.in_blocks and self._thread.is_alive() and not coming.wait(0.1):
+            pass  # what is touched before its block has come is read page by page
 
     def _missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those that are not held. What the system took away meanwhile is one of them, and tells that there is less
@@ -286,12 +289,19 @@ class Residency(NodeReader):
                 self._failure = error
                 return
 
-    def _pass(self, layer: int, experts: Iterable[int]) -> None:
-        """Reads what is missing for the batch that runs."""
+    def _pass(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """What is missing for the batch that runs, to be read now."""
         with self._lock:
             missing = self._missing(layer, sorted(experts))
             self._passing[layer] = missing
-        self._request(layer, missing)
+        return missing
+
+    def _read_runs(self, layer: int, experts: Sequence[int]) -> None:
+        """Reads experts in the order in which llama.cpp multiplies them, neighbours together."""
+        ranges = self._ranges[layer]
+        for which in range(len(ranges[0])):
+            for run in joined(ranges[index][which] for index in experts):
+                self._pages.read(run)
 
     def _keep(self, layer: int, chosen: Counter[int], n_tokens: int) -> None:
         """Lets experts that were read for this batch stay as far as there is room, the most chosen first; what is left
@@ -337,28 +347,14 @@ class Residency(NodeReader):
 
     def _give_back(self, experts: Iterable[Expert]) -> None:
         """Frees the memory of experts that are not held any more."""
-        for layer, index in experts:
-            if (layer, index) in self._cache:
-                continue  # wanted again since
-            for one in self._ranges[layer][index]:
-                address = self._address(one)
-                if address is not None:
-                    first = -(-address // PAGE_BYTES) * PAGE_BYTES
-                    last = (address + one.n_bytes) // PAGE_BYTES * PAGE_BYTES
-                    libc().madvise(first, last - first, DONT_NEED)
-                    os.posix_fadvise(self._ahead.files[one.shard], one.offset, one.n_bytes, os.POSIX_FADV_DONTNEED)
+        gone = [one for one in experts if one not in self._cache]  # others are wanted again since
+        for run in joined(part for layer, index in gone for part in self._ranges[layer][index]):
+            self._pages.free(run)
 
     def _is_cached(self, layer: int, index: int) -> bool:
-        """Whether an expert's last tensor is still in memory, by its middle; True where the system does not say."""
-        middle, page = self._middles[layer][index], ctypes.c_ubyte(1)
-        if middle is not None:
-            libc().mincore(middle & -PAGE_BYTES, 1, ctypes.byref(page))
-        return bool(page.value & 1)
-
-    def _address(self, one: Range, share: float = 0.0) -> int | None:
-        """Where a range is mapped, or the byte after that share of it; None: it is not."""
-        address = mapped.within(self._maps[one.shard], one.offset, one.n_bytes)
-        return None if address is None else address + int(share * one.n_bytes)
+        """Whether an expert's last tensor is still in memory, by its middle."""
+        middle = self._middles[layer][index]
+        return middle is None or self._pages.is_cached(middle)
 
 
 def streaming(paths: Sequence[Path], header: GGUFHeader, plan: Plan) -> Residency | None:
