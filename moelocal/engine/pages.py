@@ -57,7 +57,7 @@ class Pages:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        for view, size in zip(self._views, self._sizes):
+        for view, size in zip(self._views, self._sizes, strict=False):  # fewer, if mapping failed
             libc().munmap(view, size)
         self._views.clear()
         while self._calmed:

@@ -287,6 +287,7 @@ class Residency(NodeReader):
                 job()
             except Exception as error:  # the model is then mapped plainly
                 self._failure = error
+                self._pages.close()
                 return
 
     def _pass(self, layer: int, experts: Iterable[int]) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moelocal.engine import pages as module
-from moelocal.engine.libc import DONT_NEED, HUGE_PAGE, PAGE_BYTES, libc
+from moelocal.engine.libc import DONT_NEED, HUGE_PAGE, PAGE_BYTES, POPULATE_READ, libc
 from moelocal.engine.pages import BLOCK_BYTES, Pages, joined
 from moelocal.engine.readahead import ReadAhead
 from moelocal.model.slices import Range
@@ -131,18 +131,20 @@ def test_of_a_block_a_part_can_go_and_the_rest_stays(opened: Opened) -> None:
         assert ctypes.string_at(opened.map + one.offset, part) == opened.data[one.offset :][:part]
 
 
-def test_a_system_without_such_blocks_reads_pages(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Range(0, 4 * BLOCK_BYTES, 2 * BLOCK_BYTES)
-    monkeypatch.setattr(module, "_has_huge_pages", lambda _: False)
+@pytest.mark.parametrize("missing", [HUGE_PAGE, POPULATE_READ, None], ids=["huge pages", "populate-read", "blocks"])
+def test_a_system_without_such_blocks_reads_pages(
+    opened: Opened, missing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = Range(0, 4 * BLOCK_BYTES, 2 * BLOCK_BYTES), libc().madvise
+    if missing is None:
+        monkeypatch.setattr(module, "_has_huge_pages", lambda _: False)
+    else:
+        monkeypatch.setattr(libc(), "madvise", lambda a, n, advice: -1 if advice == missing else real(a, n, advice))
     assert not opened.pages.use_blocks([run]) and not opened.pages.in_blocks
     opened.drop()
-    real = libc().madvise
-    monkeypatch.setattr(
-        libc(), "madvise", lambda a, n, advice: -1 if advice == module.HUGE_PAGE else real(a, n, advice)
-    )
-    assert not opened.pages.use_blocks([run])
     opened.pages.read(run)
     assert ctypes.string_at(opened.map + run.offset, 100) == opened.data[run.offset :][:100]
+    assert all(opened.there(run._replace(n_bytes=PAGE_BYTES)))
 
 
 def test_too_small_or_cached_already_is_not_tried(opened: Opened) -> None:
