@@ -7,6 +7,7 @@ ends when all of them can be read from memory. Ways, in turns, each in every rou
 - advised, 256 KiB: the same in smaller pieces.
 - populated, N threads: madvise(MADV_POPULATE_READ) on a mapping.
 - read, N threads: pread into a buffer that nobody looks at.
+- io_uring, read; io_uring, advised: all ranges in one call, read into buffers or advised; where the system allows it.
 - touched: page by page in the mapping, as llama.cpp does when nobody helps.
 
 Printed: the burst's time as a ratio to `advised` of the same round, median (smallest to largest), and the CPU's time,
@@ -28,7 +29,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import io_uring
 
 RANGE_BYTES = 2048 * 1024 * 9 // 16  # an expert's gate in OLMoE, Q4_K
 PIECE_BYTES, SMALL_BYTES = 2 << 20, 256 << 10
@@ -37,7 +43,7 @@ THREADS = (2, 4, 8)
 Burst = Callable[[Sequence[int]], None]
 
 
-def methods(file: int, size: int) -> dict[str, Burst]:
+def methods(file: int, size: int, n_ranges: int) -> dict[str, Burst]:
     """Each way by name: a function of the ranges' offsets."""
     view = mmap.mmap(file, size, prot=mmap.PROT_READ)
     address = _address(size)
@@ -75,7 +81,29 @@ def methods(file: int, size: int) -> dict[str, Burst]:
     for n in THREADS:
         found[f"populated, {n} threads"] = threaded(populate, n)
         found[f"read, {n} threads"] = threaded(read, n)
+    with suppress(OSError):
+        found |= _by_ring(file, n_ranges)
     return {**found, "touched": touched}
+
+
+def _by_ring(file: int, n_ranges: int) -> dict[str, Burst]:
+    ring = io_uring.Ring(n_ranges)
+    buffers = [ctypes.create_string_buffer(RANGE_BYTES) for _ in range(n_ranges)]
+
+    def done(operation: int, offsets: Sequence[int], flags: int) -> None:
+        entries = [
+            (operation, file, offset, ctypes.addressof(buffer), RANGE_BYTES, flags)
+            for offset, buffer in zip(offsets, buffers, strict=True)
+        ]
+        if min(ring.run(entries)) < 0:
+            raise SystemExit("io_uring failed")
+
+    def advised(offsets: Sequence[int]) -> None:
+        done(io_uring.FADVISE, offsets, os.POSIX_FADV_WILLNEED)
+        for offset in offsets:
+            os.pread(file, 1, offset + RANGE_BYTES - 1)
+
+    return {"io_uring, read": lambda offsets: done(io_uring.READ, offsets, 0), "io_uring, advised": advised}
 
 
 def _address(size: int) -> int:
@@ -104,7 +132,7 @@ def main() -> int:
     args = parser.parse_args()
     file = os.open(args.file, os.O_RDONLY)
     size = os.fstat(file).st_size
-    ways = methods(file, size)
+    ways = methods(file, size, args.ranges)
     noise, found = random.Random(1), {name: list[tuple[float, float]]() for name in ways}
     for i in range(args.rounds):
         for name in sorted(ways, key=lambda _: noise.random()):

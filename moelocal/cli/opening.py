@@ -242,6 +242,8 @@ class _Loader(NamedTuple):
             sys.setswitchinterval(_SWITCH_LOADING_S)
             self.meanwhile.start()
         session = load(paths, self.header, plan, self.bar.update, self.one_shot, self.watch)
+        if plan.disk_bytes and plan.load_mode == "mmap" and session.watch is None:
+            self._tell("This system cannot be asked to read ahead: weights are read when they are touched, slower.")
         if any(use.kind != "cpu" for use in plan.per_device):  # a GPU's memory is taken now or never
             try:
                 session.open()

@@ -21,12 +21,10 @@ MADV_DONTNEED takes pages out of the mapping, posix_fadvise(2), POSIX_FADV_DONTN
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,16 +144,12 @@ class Residency(NodeReader):
                 if self._is_asked:
                     return
                 fetch(piece for pieces in self._pieces[layer][index] for piece in pieces)
-                self._await(self._ranges[layer][index][-1])
+                last = self._ranges[layer][index][-1]
+                self._ahead.wait(last.shard, last.offset + last.n_bytes - 1)  # a prompt waits for one expert only
                 with self._lock:
                     self._cache.admit(layer, (index,))
                     if hottest is None:
                         self._blind.setdefault(layer, []).append(index)
-
-    def _await(self, one: Range) -> None:
-        """Returns when a range that was requested is there: so a prompt that comes has to wait for one expert only."""
-        with suppress(OSError):
-            os.pread(self._ahead.files[one.shard], 1, one.offset + one.n_bytes - 1)
 
     @property
     def held_bytes(self) -> int:

@@ -45,6 +45,20 @@ def test_replacing_misses_is_named_lossy_and_told_when_it_does_nothing() -> None
         assert any(reason.startswith(told) for reason in json.loads(plan.stdout)["reasons"]), plan.stdout
 
 
+def test_a_system_that_cannot_read_ahead_says_so_and_answers() -> None:
+    program = (
+        "from moelocal.engine.readahead import ReadAhead; ReadAhead.is_possible = staticmethod(lambda: False);"
+        "from moelocal.__main__ import main; main()"
+    )
+    asked = "run", "demo", "What is the capital of France?", *CALM
+    answers = [
+        subprocess.run([sys.executable, "-c", program, *asked, *less], capture_output=True, text=True, timeout=120)
+        for less in ((), ("--ram", "270MiB"))
+    ]
+    assert answers[0].stdout == answers[1].stdout != ""
+    assert ["cannot be asked to read ahead" in answer.stderr for answer in answers] == [False, True]
+
+
 def test_too_little_for_what_every_token_uses() -> None:
     run = moelocal("run", "demo", "Hello", "--ram", "260MiB", "--ctx", "256")
     assert run.returncode == 1 and run.stdout == ""
